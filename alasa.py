@@ -10,6 +10,7 @@ CSV rows, images, batches, the model, one epoch, scores, files, and the whole ru
 from __future__ import annotations
 
 import contextlib
+import copy
 import ctypes
 import functools
 import hashlib
@@ -420,6 +421,17 @@ def load_pretrained(arch: str, weights: str) -> dict[str, Tensor]:
         raise AlasaError(f"{what}FILE or --weights none", error) from error
 
 
+def check_size(model: nn.Module, arch: str, image: Tensor) -> None:
+    """Raise AlasaError if the model cannot take images of this size, [3, H, W]."""
+    try:  # on the meta device, which computes shapes only
+        copy.deepcopy(model).to("meta").eval()(
+            torch.empty(2, *image.shape, device="meta")
+        )
+    except (RuntimeError, AssertionError) as error:
+        size = f"{image.shape[2]}x{image.shape[1]}"
+        raise AlasaError(f"{arch} cannot take {size} images", error) from error
+
+
 def train_one_epoch(
     model: nn.Module,
     reader: Reader,
@@ -681,6 +693,7 @@ def fit(s: Namespace, criterion: nn.Module | None = None) -> list[dict[str, floa
     seed_everything(s.seed)
     weights = "none" if previous else s.weights
     model = build_model(s.arch, len(classes), weights, s.freeze, s.full_res_stem)
+    check_size(model, s.arch, readers[1].dataset[0][0])
     trained = [p for p in model.to(device).parameters() if p.requires_grad]
     kinds = {"adamw": torch.optim.AdamW}
     kinds["sgd"] = functools.partial(torch.optim.SGD, momentum=0.9)
