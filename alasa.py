@@ -10,7 +10,6 @@ CSV rows, images, batches, the model, one epoch, scores, files, and the whole ru
 from __future__ import annotations
 
 import contextlib
-import copy
 import ctypes
 import functools
 import hashlib
@@ -421,12 +420,11 @@ def load_pretrained(arch: str, weights: str) -> dict[str, Tensor]:
         raise AlasaError(f"{what}FILE or --weights none", error) from error
 
 
+@torch.inference_mode()
 def check_size(model: nn.Module, arch: str, image: Tensor) -> None:
     """Raise AlasaError if the model cannot take images of this size, [3, H, W]."""
-    try:  # on the meta device, which computes shapes only
-        copy.deepcopy(model).to("meta").eval()(
-            torch.empty(2, *image.shape, device="meta")
-        )
+    try:
+        model.eval()(normalise(image[None]))
     except (RuntimeError, AssertionError) as error:
         size = f"{image.shape[2]}x{image.shape[1]}"
         raise AlasaError(f"{arch} cannot take {size} images", error) from error

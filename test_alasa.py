@@ -704,7 +704,7 @@ def test_an_interrupted_run_says_what_was_saved_and_how_to_go_on(
         *flags(data, tmp_path / "run", "--epochs 999 --workers 1"),
     ]
     process = subprocess.Popen(command, cwd=HERE, stdout=-1, stderr=-1, text=True)
-    while not (tmp_path / "run/log.csv").exists():
+    while not (tmp_path / "run/log.csv").exists() and process.poll() is None:
         time.sleep(0.05)
     process.send_signal(number)
     out, err = process.communicate(timeout=30)
