@@ -10,6 +10,7 @@ CSV rows, images, batches, the model, one epoch, scores, files, and the whole ru
 from __future__ import annotations
 
 import contextlib
+import csv
 import ctypes
 import functools
 import hashlib
@@ -66,12 +67,13 @@ class AlasaError(Exception):
 
     def __init__(self, what: str, cause: Exception | None = None) -> None:
         why = getattr(cause, "strerror", None) or " ".join(str(cause).split())[:300]
-        super().__init__(f"{what}: {why or type(cause).__name__}" if cause else what)
+        text = f"{what}: {why or type(cause).__name__}" if cause else what
+        super().__init__(text.replace("\n", "\\n"))
 
 
 def refuse(faults: Iterable[str]) -> None:
     """Raise AlasaError with the first ten faults and their number, if there are any."""
-    if faults := list(faults):
+    if faults := list(dict.fromkeys(faults)):
         more = f"; ... ({len(faults)} in all)" if len(faults) > 10 else ""
         raise AlasaError("; ".join(faults[:10]) + more)
 
@@ -105,23 +107,26 @@ def read_csv(
     Adds `path` (relative images start at `root`, by default the CSV's folder) and `place`,
     the row's name in messages.  AlasaError says what is wrong, and in which line.
     """
-    text = {"dtype": str, "keep_default_na": False, "encoding": "utf-8-sig"}
-    try:
-        table = pd.read_csv(path, skip_blank_lines=False, **text).fillna("")
-    except (OSError, ValueError) as error:
+    try:  # pandas would guess types, lose line numbers, and pass rows of odd lengths
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            reader = csv.reader(file, strict=True)
+            header = next(reader, [])
+            rows = {f"{path} line {reader.line_num}": row for row in reader if row}
+    except (OSError, ValueError, csv.Error) as error:
         raise AlasaError(f"{path}: not a readable CSV", error) from error
-    if not isinstance(table.index, pd.RangeIndex):
-        raise AlasaError(f"{path}: the rows have more cells than the header")
-    present = [column for column in columns if column in table]
-    frame = table.loc[table.ne("").any(axis=1), present].rename(columns=columns)
-    frame["place"] = [f"{path} line {index + 2}" for index in frame.index]
+    odd = [p for p, row in rows.items() if len(row) != len(header)]
+    refuse(f"{place}: {len(rows[place])} cells, not {len(header)}" for place in odd)
+    table = pd.DataFrame(list(rows.values()), columns=header, dtype=object)
+    frame = pd.DataFrame({"place": list(rows)}, dtype=object)
     for column, name in columns.items():
-        if name in needed and name not in frame:
-            raise AlasaError(f"{path}: no column {column!r} in {list(table.columns)}")
+        if header.count(column) == 1:
+            frame[name] = table[column]
+        elif name in needed:
+            raise AlasaError(f"{path}: needs one column {column!r}, has {header}")
         if name in needed:
             empty = frame["place"][frame[name].str.strip() == ""]
             refuse(f"{place}: the {name} is empty" for place in empty)
-    refuse([f"{path}: has no rows"] if frame.empty else [])
+    refuse([] if rows else [f"{path}: has no rows"])
     root = os.path.dirname(path) if root is None else root
     return frame.assign(path=[os.path.join(root, image) for image in frame["image"]])
 
@@ -172,6 +177,7 @@ def read_image(path: str) -> Image.Image:
     16-bit grey levels are divided by 257, transparency is laid over white.
     """
     try:
+        Image.open(path).verify()  # a PNG's checksums, which decoding skips
         image = Image.open(path)
         ImageOps.exif_transpose(image, in_place=True)
         if image.mode[0] in "IF":  # Pillow's own conversion clips at 255
@@ -389,7 +395,7 @@ def build_model(
         new = {f"{name}.{key}": tensor for key, tensor in head.state_dict().items()}
         try:
             model.load_state_dict(load_pretrained(arch, weights) | new)
-        except RuntimeError as error:
+        except (RuntimeError, TypeError, AttributeError) as error:
             raise AlasaError(f"--weights {weights}", error) from error
     model.requires_grad_(not freeze)
     head.requires_grad_(True)
@@ -818,7 +824,7 @@ def predict(
     views = VIEWS[s.augment] if tta else 1
     rows, logits, errors = infer(model.to(device), reader, amp, views)
     p = np.full((len(frame), len(classes)), math.nan)
-    p[rows] = torch.softmax(logits.double(), 1).numpy()
+    p[rows] = torch.softmax(logits.double().reshape(-1, len(classes)), 1).numpy()
     errors |= {
         row: "the model's output is not finite"
         for row in rows

@@ -9,6 +9,8 @@ import argparse
 import os
 import sys
 
+from train import number
+
 
 def parse_flags(flags: list[str]) -> argparse.Namespace:
     """Return the flags' values."""
@@ -36,8 +38,16 @@ def parse_flags(flags: list[str]) -> argparse.Namespace:
     add(
         "--tta", action="store_true", help="mean over the training augmentation's views"
     )
-    add("--batch-size", type=int, help="default: as in training, for the same bits")
-    add("--workers", type=int, help="processes that decode; default: for the device")
+    add(
+        "--batch-size",
+        type=number(int, 1),
+        help="default: as in training, for the same bits",
+    )
+    add(
+        "--workers",
+        type=number(int, 0),
+        help="processes that decode; default: for the device",
+    )
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps" + shown)
     return parser.parse_args(flags)
 
@@ -66,7 +76,7 @@ def main(args: argparse.Namespace) -> int:
     csv = table.to_csv(index=False).encode()
     alasa.write_file(Path(args.output), lambda file: file.write(csv))
     print(f"{len(table)} rows in {args.output}, {len(errors)} of them with an error")
-    if "label" in frame:
+    if "label" in frame and len(errors) < len(table):
         read = [row not in errors for row in range(len(table))]
         picture = Path(args.output).with_suffix(".png")
         report(frame["label"][read], table[read], checkpoint["classes"], picture)

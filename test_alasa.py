@@ -233,7 +233,10 @@ def test_a_bad_image_is_one_line_that_names_it(tmp_path, monkeypatch):
     picture(5, (64, 64)).save(tmp_path / "whole.jpg")
     whole = (tmp_path / "whole.jpg").read_bytes()
     cuts = {f"cut{i}.jpg": whole[: len(whole) * i // 10] for i in range(10)}
-    for name, content in (cuts | {"text.png": b"no image"}).items():
+    picture(5).save(tmp_path / "whole.png")
+    png = bytearray((tmp_path / "whole.png").read_bytes())
+    png[500] ^= 2  # Pillow alone decodes this, to other pixels
+    for name, content in (cuts | {"text.png": b"no image", "flip.png": png}).items():
         (tmp_path / name).write_bytes(content)
         with pytest.raises(
             alasa.AlasaError, match=f"^.*{name}.*not a readable image.*$"
@@ -260,14 +263,16 @@ def test_mixed_sizes_are_named(tmp_path):
 @pytest.mark.parametrize(
     "content, expected",
     [
-        (b"", "not a readable CSV"),
+        (b"", "needs one column 'image'"),
+        (b'image,label\na,"b\n', "not a readable CSV"),
+        (b"image,label,label\na,b,c\n", "needs one column 'label'"),
         (b"image,label\n", "no rows"),
-        (b"img,label\na,b\n", "no column"),
+        (b"img,label\na,b\n", "needs one column 'image'"),
         (b"image,label\na,b\n ,b\n", "line 3: the image is empty"),
         (b"image,label\na,b\n\nc,\n", "line 4: the label is empty"),
-        (b"image,label\na,b\nc\n", "line 3: the label is empty"),
-        (b"image,label\na,b,c\nd,e,f\n", "more cells"),
-        (b"image,label\na,b\nd,e,f\n", "line 3"),
+        (b"image,label\na,b\nc\n", "line 3: 1 cells, not 2"),
+        (b"image,label\na,b,c\nd,e,f\n", "line 2: 3 cells, not 2"),
+        (b'image,label\na,"b\nc"\nd,\n', "line 4: the label is empty"),
         (b"\xff\xfei\x00", "not a readable CSV"),
     ],
 )
@@ -550,7 +555,7 @@ def test_every_image_once_an_epoch_but_a_last_single_one(data):
         ("--weights missing.pt", "missing.pt"),
         ("--arch vgg11 --image-size 8", "vgg11 cannot take 8x8 images"),
         ("--image-root /nowhere", "missing"),
-        ("--image-column img", "no column 'img'"),
+        ("--image-column img", "needs one column 'img'"),
     ],
 )
 def test_a_users_mistake_is_one_line_and_leaves_nothing_behind(
@@ -780,8 +785,6 @@ def test_the_demo_runs_and_predicts(tmp_path):
         done.returncode == 0
         and "python train.py --train-csv digits/train.csv" in done.stdout
     )
-    again = script(HERE / "train.py", "--epochs", 1, cwd=tmp_path)
-    assert again.returncode == 0, again.stderr
     done = script(HERE / "predict.py", cwd=tmp_path)
     assert re.search(r"accuracy 0\.[89].*, auc 0\.9", done.stdout), done
     assert len(pd.read_csv(tmp_path / "predictions.csv")) == 300

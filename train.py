@@ -88,6 +88,8 @@ def parse_flags(flags: list[str]) -> argparse.Namespace:
     args = parser.parse_args(flags)
     if bool(args.train_csv) != bool(args.valid_csv):
         parser.error("--train-csv and --valid-csv belong together")
+    if args.image_column == args.label_column:
+        parser.error("--image-column and --label-column are the same")
     return args
 
 
