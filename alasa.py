@@ -294,13 +294,11 @@ class Reader:
         self.balance, self.plan = balance, []
         options = {"num_workers": workers, "persistent_workers": workers > 0}
         options["pin_memory"] = torch.device(device).type == "cuda"
-        options["generator"] = (
-            torch.Generator()
-        )  # or passes would draw from the global one
+        # Without a generator each pass would draw its seed from the global one.
+        options["generator"] = torch.Generator()
         self.loader = DataLoader(dataset, sampler=self.plan, batch_size=None, **options)
-        list(
-            self.loader
-        )  # an empty plan: starts the workers, before there is much to copy
+        # Read an empty plan: workers start now, while a process is cheap to copy.
+        list(self.loader)
 
     def read(
         self, epoch: int = 0
@@ -336,12 +334,10 @@ class Reader:
         order = torch.randperm(n, generator=generator)
         if self.balance:
             weights = 1 / labels.bincount()[labels].double()
-            order = torch.tensor(
-                list(WeightedRandomSampler(weights, n, generator=generator))
-            )
-        batches = [
-            rows[: len(rows) // WORLD * WORLD] for rows in order.split(self.batch_size)
-        ]
+            drawn = WeightedRandomSampler(weights, n, generator=generator)
+            order = torch.tensor(list(drawn))
+        batches = order.split(self.batch_size)
+        batches = [rows[: len(rows) // WORLD * WORLD] for rows in batches]
         # Batch normalisation cannot train on one image: a last batch of one is dropped.
         return [rows[RANK::WORLD].tolist() for rows in batches if len(rows) > WORLD]
 
@@ -408,22 +404,18 @@ def load_pretrained(arch: str, weights: str) -> dict[str, Tensor]:
     names = torchvision.models.get_model_weights(arch).__members__
     try:
         if weights in names:
-            return torchvision.models.get_model(
-                arch, weights=names[weights]
-            ).state_dict()
+            model = torchvision.models.get_model(arch, weights=names[weights])
+            return model.state_dict()
         state = torch.load(weights, map_location="cpu", weights_only=True)
         return state.get("model", state)
     except Exception as error:  # no network, no such file, a damaged one, ...
-        if weights not in names:
-            what = (
-                f"--weights {weights}: neither of {list(names)} nor a file of weights"
-            )
-            raise AlasaError(what, error) from error
-        cache = f"{torch.hub.get_dir()}/checkpoints"
-        what = (
-            f"cannot load {names[weights].url}; put it into {cache}, or give --weights "
-        )
-        raise AlasaError(f"{what}FILE or --weights none", error) from error
+        if weights in names:
+            cache = f"{torch.hub.get_dir()}/checkpoints"
+            what = f"cannot load {names[weights].url}; put it into {cache}, "
+            what += "or give --weights FILE or --weights none"
+        else:
+            what = f"--weights {weights}: not a file of weights nor of {list(names)}"
+        raise AlasaError(what, error) from error
 
 
 @torch.inference_mode()
@@ -677,9 +669,7 @@ def fit(s: Namespace, criterion: nn.Module | None = None) -> list[dict[str, floa
     device, amp = start(s)
     columns = {s.image_column: "image", s.label_column: "label"}
     csvs = {"train": s.train_csv, "valid": s.valid_csv}
-    frames = {
-        split: read_csv(path, columns, s.image_root) for split, path in csvs.items()
-    }
+    frames = {k: read_csv(path, columns, s.image_root) for k, path in csvs.items()}
     classes = check_splits(*frames.values())
     digests = {
         k: hashlib.sha256(Path(v).read_bytes()).hexdigest() for k, v in csvs.items()
@@ -694,50 +684,19 @@ def fit(s: Namespace, criterion: nn.Module | None = None) -> list[dict[str, floa
         readers.append(Reader(dataset, s.batch_size, device, s.workers, s.balance))
     if s.check_images:
         refuse(e for r in readers for *_, errors in r.read() for e in errors.values())
-    seed_everything(s.seed)
-    weights = "none" if previous else s.weights
-    model = build_model(s.arch, len(classes), weights, s.freeze, s.full_res_stem)
-    check_size(model, s.arch, readers[1].dataset[0][0])
-    trained = [p for p in model.to(device).parameters() if p.requires_grad]
-    kinds = {"adamw": torch.optim.AdamW}
-    kinds["sgd"] = functools.partial(torch.optim.SGD, momentum=0.9)
-    options = {"lr": s.lr, "weight_decay": s.weight_decay, "fused": True}
-    optimizer = kinds[s.optimizer](trained, **options)
-    parts = {
-        "model": model,
-        "optimizer": optimizer,
-        "scheduler": torch.optim.lr_scheduler.ReduceLROnPlateau(
-            optimizer, "max", 0.5, 2
-        ),
-        "scaler": torch.amp.GradScaler(device.type, enabled=s.precision == "fp16"),
-    }
-    for name, part in parts.items() if previous else ():
-        part.load_state_dict(previous[name])
-    history = previous["history"] if previous else []
+    parts = build_parts(s, len(classes), device, previous)
+    check_size(parts["model"], s.arch, readers[1].dataset[0][0].to(device))
+    describe(s, readers, classes)
     criterion = criterion or nn.CrossEntropyLoss(label_smoothing=s.label_smoothing)
-    counts = pd.DataFrame(
-        {r.dataset.split: r.dataset.labels.bincount() for r in readers}
-    )
-    p, q = (counts / counts.sum()).to_numpy().T
-    say(f"{s.arch} on {s.device} x {WORLD}, {s.precision}, {s.workers} workers")
-    say(counts.set_axis(classes).to_string())
-    say(
-        f"chance: loss {-(q * np.log(p)).sum():.4f}, accuracy {q.max():.4f}, auc 0.5, wauc 0.5857"
-    )
+    history = previous["history"] if previous else []
     try:
         os.makedirs(s.out, exist_ok=True)
         run_epochs(s, parts, readers, criterion, amp, identity, history)
         say(f"best: epoch {best_epoch(history, s.monitor) + 1}, in {s.out}/best.pt")
     except KeyboardInterrupt:
-        resume = [a for a in sys.argv if a not in ("--resume", "--overwrite")] + [
-            "--resume"
-        ]
-        say(f"interrupted; {s.out} holds {len(history)} epochs.", end=" ")
-        say(
-            f"To go on: python {shlex.join(resume)}"
-            if history
-            else "Nothing was saved."
-        )
+        say(f"interrupted; {s.out} holds {len(history)} epochs", end=". ")
+        again = [flag for flag in sys.argv if flag not in ("--resume", "--overwrite")]
+        say(f"To go on: python {shlex.join(again)} --resume" if history else "")
         raise
     finally:
         if history and RANK == 0:
@@ -745,6 +704,37 @@ def fit(s: Namespace, criterion: nn.Module | None = None) -> list[dict[str, floa
         with contextlib.suppress(OSError):
             os.rmdir(s.out)  # nothing was written
     return history
+
+
+def build_parts(s: Namespace, classes: int, device, previous: dict | None) -> dict:
+    """Return all that has a state: model, optimizer, scheduler and gradient scaler."""
+    seed_everything(s.seed)
+    weights = "none" if previous else s.weights
+    model = build_model(s.arch, classes, weights, s.freeze, s.full_res_stem).to(device)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    options = {"lr": s.lr, "weight_decay": s.weight_decay, "fused": True}
+    if s.optimizer == "sgd":
+        optimizer = torch.optim.SGD(trained, momentum=0.9, **options)
+    else:
+        optimizer = torch.optim.AdamW(trained, **options)
+    scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, "max", 0.5, 2)
+    scaler = torch.amp.GradScaler(device.type, enabled=s.precision == "fp16")
+    names = ("model", "optimizer", "scheduler", "scaler")
+    parts = dict(zip(names, (model, optimizer, scheduler, scaler)))
+    for name, part in parts.items() if previous else ():
+        part.load_state_dict(previous[name])
+    return parts
+
+
+def describe(s: Namespace, readers: list[Reader], classes: list[str]) -> None:
+    """Print what is about to run, the classes of both splits, and what chance scores."""
+    say(f"{s.arch} on {s.device} x {WORLD}, {s.precision}, {s.workers} workers")
+    counts = {r.dataset.split: r.dataset.labels.bincount() for r in readers}
+    counts = pd.DataFrame(counts, index=classes)
+    p, q = (counts / counts.sum()).to_numpy().T
+    say(counts.to_string())
+    loss = -(q * np.log(p)).sum()
+    say(f"chance: loss {loss:.4f}, accuracy {q.max():.4f}, auc 0.5, wauc 0.5857")
 
 
 def run_epochs(s, parts, readers, criterion, amp, identity, history) -> None:

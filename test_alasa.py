@@ -405,7 +405,7 @@ def test_any_classifier_gets_a_head_of_the_right_size_and_freeze_trains_only_it(
     [
         (("inception_v3", 2), "inception_v3 is not supported"),
         (("fcn_resnet50", 2), "not supported; choose from.*resnet18"),
-        (("resnet18", 2, "V7"), "neither of .*IMAGENET1K_V1.* nor a file"),
+        (("resnet18", 2, "V7"), "not a file of weights nor of .*IMAGENET1K_V1"),
         (
             ("resnet18", 2, "DEFAULT"),
             "download.pytorch.org.*checkpoints.*--weights none",
@@ -788,6 +788,47 @@ def test_the_demo_runs_and_predicts(tmp_path):
     done = script(HERE / "predict.py", cwd=tmp_path)
     assert re.search(r"accuracy 0\.[89].*, auc 0\.9", done.stdout), done
     assert len(pd.read_csv(tmp_path / "predictions.csv")) == 300
+    text = (
+        (HERE / "README.md").read_text().split("## In Python")[1].split("## ALASKA2")[0]
+    )
+    code = f"import sys; sys.path.append({str(HERE)!r})" + "".join(python_of(text))
+    assert script("-c", code, cwd=tmp_path).returncode == 0
+
+
+def python_of(text: str) -> list[str]:
+    return re.findall(r"```python(.*?)```", text, re.DOTALL)
+
+
+def test_the_recipes_of_the_readme_split_by_name_and_give_the_submission(
+    tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    folders, classes, submission = (
+        python_of((HERE / "README.md").read_text())[:1],
+        *python_of((HERE / "README.md").read_text().split("## ALASKA2")[1]),
+    )
+    for folder in ("Cover", "JMiPOD", "JUNIWARD", "UERD", "Test"):
+        Path(folder).mkdir()
+        for name in range(20):
+            picture(name).save(f"{folder}/{name:05d}.jpg")
+    assert script("-c", classes, cwd=tmp_path).returncode == 0
+    train, valid = pd.read_csv("train.csv"), pd.read_csv("valid.csv")
+    names = [set(split["image"].str.split("/").str[1]) for split in (train, valid)]
+    assert len(train) == 72 and len(valid) == 8 and not names[0] & names[1]
+    assert set(train[train["label"] == 0]["image"].str.split("/").str[0]) == {"Cover"}
+    fit(tmp_path, tmp_path / "runs", "--monitor wauc --epochs 1")
+    assert (
+        script(HERE / "predict.py", "--test-csv", "test.csv", cwd=tmp_path).returncode
+        == 0
+    )
+    assert script("-c", submission, cwd=tmp_path).returncode == 0
+    table = pd.read_csv("submission.csv")
+    assert list(table) == ["Id", "Label"] and table["Id"][3] == "00003.jpg"
+    for split, label in itertools.product(("train", "val"), ("ant", "bee")):
+        Path("photos", split, label).mkdir(parents=True)
+        picture(8).save(f"photos/{split}/{label}/a b-c.png")
+    assert script("-c", folders[0], cwd=tmp_path).returncode == 0
+    assert pd.read_csv("val.csv")["label"].tolist() == ["ant", "bee"]
 
 
 def torchrun(*command: object, **kwargs) -> subprocess.CompletedProcess:
