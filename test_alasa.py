@@ -1,5 +1,6 @@
 """Tests of what README promises: `pytest test_alasa.py`.  No download, no network."""
 
+import contextlib
 import itertools
 import math
 import os
@@ -233,10 +234,7 @@ def test_a_bad_image_is_one_line_that_names_it(tmp_path, monkeypatch):
     picture(5, (64, 64)).save(tmp_path / "whole.jpg")
     whole = (tmp_path / "whole.jpg").read_bytes()
     cuts = {f"cut{i}.jpg": whole[: len(whole) * i // 10] for i in range(10)}
-    picture(5).save(tmp_path / "whole.png")
-    png = bytearray((tmp_path / "whole.png").read_bytes())
-    png[500] ^= 2  # Pillow alone decodes this, to other pixels
-    for name, content in (cuts | {"text.png": b"no image", "flip.png": png}).items():
+    for name, content in (cuts | {"text.png": b"no image"}).items():
         (tmp_path / name).write_bytes(content)
         with pytest.raises(
             alasa.AlasaError, match=f"^.*{name}.*not a readable image.*$"
@@ -245,6 +243,18 @@ def test_a_bad_image_is_one_line_that_names_it(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     with pytest.raises(alasa.AlasaError, match="bomb"):
         alasa.read_image(str(tmp_path / "whole.jpg"))
+
+
+def test_a_flipped_bit_never_changes_the_pixels_of_a_png(tmp_path):
+    path, whole = tmp_path / "a.png", picture(5).convert("RGBA")
+    whole.save(path)
+    content = bytearray(path.read_bytes())
+    for place in range(40, len(content), 29):  # Pillow alone decodes some of these
+        content[place] ^= 2
+        path.write_bytes(content)
+        content[place] ^= 2
+        with contextlib.suppress(alasa.AlasaError):
+            assert (np.asarray(alasa.read_image(path)) == np.asarray(picture(5))).all()
 
 
 def test_mixed_sizes_are_named(tmp_path):
@@ -851,7 +861,7 @@ model = alasa.build_model("resnet18", 2, "none")
 for rows in (5, 1):
     frame = alasa.read_csv(sys.argv[2], {"image": "image", "label": "label"})[:rows]
     frame["label"] = (frame["label"] == "cat").astype(int)
-    reader = alasa.Reader(alasa.AlasaDataset(frame, "valid"), 2)
+    reader = alasa.Reader(alasa.AlasaDataset(frame, "valid"), 4)
     alasa.say(alasa.infer(model, reader)[1].tolist())
     alasa.say(alasa.evaluate(model, reader, torch.nn.CrossEntropyLoss()))
 """
