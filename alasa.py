@@ -306,19 +306,13 @@ class Reader:
         """Yield (rows, images, errors) of each batch of this process, with progress."""
         self.plan[:] = [(epoch, rows) for rows in self.batches(epoch)]
         watched = sys.stderr.isatty() and RANK == 0
-        try:
-            for step, (rows, images, errors) in enumerate(self.loader, 1):
-                if watched:
-                    text = f"\r{self.dataset.split} {step}/{len(self.plan)} "
-                    print(text, end="", file=sys.stderr)
-                yield rows, normalise(images.to(self.device, non_blocking=True)), errors
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            raise AlasaError("try --workers 0", error) from error
-        finally:
+        for step, (rows, images, errors) in enumerate(self.loader, 1):
             if watched:
-                print(end="\r\033[K", file=sys.stderr)
+                text = f"\r{self.dataset.split} {step}/{len(self.plan)} "
+                print(text, end="", file=sys.stderr)
+            yield rows, normalise(images.to(self.device, non_blocking=True)), errors
+        if watched:
+            print(end="\r\033[K", file=sys.stderr)
 
     def batches(self, epoch: int) -> list[list[int]]:
         """Return rows by the batch: in training a new order each epoch and, of each batch,
@@ -835,8 +829,15 @@ def run_script(main: Callable[[], int]) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         code = main()
-    except (AlasaError, OSError, torch.OutOfMemoryError) as error:
+    except (AlasaError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
+        code = 2
+    except RuntimeError as error:
+        hints = {"DataLoader worker": "--workers 0", "out of memory": "--batch-size"}
+        hint = [f"try {flag}" for text, flag in hints.items() if text in str(error)]
+        if not hint:
+            raise
+        print(f"error: {AlasaError(hint[0], error)}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
         code = 130

@@ -730,6 +730,18 @@ def test_an_interrupted_run_says_what_was_saved_and_how_to_go_on(
     alasa.load_checkpoint(tmp_path / "run/last.pt")
 
 
+def test_a_killed_worker_is_one_line_that_says_workers_0(data, tmp_path):
+    command = flags(data, tmp_path / "run", "--epochs 999 --workers 1")
+    code = "import train, threading, multiprocessing, sys\n"
+    code += "kill = lambda: multiprocessing.active_children()[0].kill()\n"
+    code += "threading.Timer(4, kill).start(); train.main(sys.argv[1:])"
+    done = script("-c", code, *command, timeout=60)
+    assert done.returncode == 2, done
+    assert re.fullmatch("error: try --workers 0: DataLoader worker.*\n", done.stderr), (
+        done
+    )
+
+
 # The scripts
 
 
