@@ -575,18 +575,21 @@ def load_checkpoint(path: str | Path) -> dict:
 
 
 def plot_history(path: Path, history: list[dict[str, float]]) -> None:
-    """Draw the two losses, and beside them the two validation scores, by epoch."""
-    from matplotlib.figure import Figure  # not pyplot, which may want a display
+    """Draw the two losses, and beside them the two scores, by epoch; or warn."""
+    try:
+        from matplotlib.figure import Figure  # not pyplot, which may want a display
 
-    log = pd.DataFrame(history)
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    panels = {"loss": ["train_loss", "valid_loss"], "validation AUC": ["auc", "wauc"]}
-    for axes, (title, columns) in zip(figure.subplots(1, 2), panels.items()):
-        for column in columns:
-            axes.plot(log["epoch"], log[column], marker=".", label=column)
-        axes.set(xlabel="epoch", ylabel=title)
-        axes.legend()
-    write_file(path, lambda file: figure.savefig(file, dpi=120))
+        log = pd.DataFrame(history)
+        figure = Figure(figsize=(10, 4), layout="constrained")
+        panels = {"loss": ["train_loss", "valid_loss"], "validation": ["auc", "wauc"]}
+        for axes, (title, columns) in zip(figure.subplots(1, 2), panels.items()):
+            for column in columns:
+                axes.plot(log["epoch"], log[column], marker=".", label=column)
+            axes.set(xlabel="epoch", ylabel=title)
+            axes.legend()
+        write_file(path, lambda file: figure.savefig(file, format="png", dpi=120))
+    except (AlasaError, ImportError, OSError, RuntimeError, ValueError) as error:
+        say(f"warning: {AlasaError(f'{path} was not drawn', error)}")
 
 
 def exchange(value: object) -> list:
@@ -694,6 +697,7 @@ def fit(s: Namespace, criterion: nn.Module | None = None) -> list[dict[str, floa
         raise
     finally:
         if history and RANK == 0:
+            write_log(Path(s.out), history)  # if a kill came between last.pt and it
             plot_history(Path(s.out, "losses.png"), history)
         with contextlib.suppress(OSError):
             os.rmdir(s.out)  # nothing was written
@@ -729,6 +733,13 @@ def describe(s: Namespace, readers: list[Reader], classes: list[str]) -> None:
     say(counts.to_string())
     loss = -(q * np.log(p)).sum()
     say(f"chance: loss {loss:.4f}, accuracy {q.max():.4f}, auc 0.5, wauc 0.5857")
+    batches = readers[0].batches(1)
+    if not batches:
+        raise AlasaError("too few images, or too small a --batch-size, to train on")
+    if left := len(readers[0].dataset) - WORLD * sum(map(len, batches)):
+        say(
+            f"{left} training images sit out each epoch: their batch would be too small"
+        )
 
 
 def run_epochs(s, parts, readers, criterion, amp, identity, history) -> None:
@@ -780,6 +791,11 @@ def save_epoch(s: Namespace, parts: dict, identity: dict, history: list[dict]) -
     if best_epoch(history, s.monitor) == len(history) - 1:
         write_file(out / "best.pt", functools.partial(torch.save, checkpoint))
     write_file(out / "last.pt", functools.partial(torch.save, checkpoint | states))
+    write_log(out, history)
+
+
+def write_log(out: Path, history: list[dict[str, float]]) -> None:
+    """Write log.csv, a row an epoch, six digits."""
     log = pd.DataFrame(history).to_csv(index=False, float_format="%.6g").encode()
     write_file(out / "log.csv", lambda file: file.write(log))
 

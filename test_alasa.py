@@ -6,6 +6,7 @@ import math
 import os
 import pickle
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -494,6 +495,22 @@ def test_another_seed_gives_other_weights(data, tmp_path, reference):
     fit(data, tmp_path / "run", "--epochs 3 --seed 1")
     with pytest.raises(AssertionError):
         assert_same_weights(tmp_path / "run", reference)
+
+
+def test_resuming_a_finished_run_mends_its_log(data, tmp_path, reference):
+    shutil.copytree(reference, tmp_path / "run")
+    (tmp_path / "run/log.csv").unlink()
+    fit(data, tmp_path / "run", "--epochs 3 --resume")
+    assert (tmp_path / "run/log.csv").read_text() == (reference / "log.csv").read_text()
+
+
+def test_a_plot_that_fails_is_a_warning(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    fit(data, tmp_path / "run", "--epochs 1")
+    printed = capsys.readouterr().out
+    assert (
+        "losses.png was not drawn" in printed and "1 training images sit out" in printed
+    )
 
 
 @pytest.mark.parametrize("stop, workers", [(1, 0), (2, 2)])
