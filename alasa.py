@@ -279,6 +279,12 @@ class AlasaDataset(Dataset):
         return list(images), stacked.permute(0, 3, 1, 2), errors
 
 
+def ignore_signals(worker: int) -> None:
+    """Leave Ctrl-C and SIGTERM, which reach a whole process group, to the main process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 class Reader:
     """Reads a dataset by the batch, with worker processes, normalised on the device."""
 
@@ -293,6 +299,7 @@ class Reader:
         self.dataset, self.batch_size, self.device = dataset, batch_size, device
         self.balance, self.plan = balance, []
         options = {"num_workers": workers, "persistent_workers": workers > 0}
+        options["worker_init_fn"] = ignore_signals
         options["pin_memory"] = torch.device(device).type == "cuda"
         # Without a generator each pass would draw its seed from the global one.
         options["generator"] = torch.Generator()

@@ -735,10 +735,12 @@ def test_an_interrupted_run_says_what_was_saved_and_how_to_go_on(
         "train.py",
         *flags(data, tmp_path / "run", "--epochs 999 --workers 1"),
     ]
-    process = subprocess.Popen(command, cwd=HERE, stdout=-1, stderr=-1, text=True)
+    process = subprocess.Popen(
+        command, cwd=HERE, stdout=-1, stderr=-1, text=True, start_new_session=True
+    )
     while not (tmp_path / "run/log.csv").exists() and process.poll() is None:
         time.sleep(0.05)
-    process.send_signal(number)
+    os.killpg(process.pid, number)  # as Ctrl-C and `timeout` do
     out, err = process.communicate(timeout=30)
     assert process.returncode == 130 and err == ""
     assert re.search(
