@@ -750,11 +750,15 @@ def test_an_interrupted_run_says_what_was_saved_and_how_to_go_on(
 
 
 def test_a_killed_worker_is_one_line_that_says_workers_0(data, tmp_path):
-    command = flags(data, tmp_path / "run", "--epochs 999 --workers 1")
-    code = "import train, threading, multiprocessing, sys\n"
-    code += "kill = lambda: multiprocessing.active_children()[0].kill()\n"
-    code += "threading.Timer(4, kill).start(); train.main(sys.argv[1:])"
-    done = script("-c", code, *command, timeout=60)
+    code = """import multiprocessing, os, sys, threading, time, train
+def kill():
+    while not os.path.exists(sys.argv[-1]):
+        time.sleep(0.05)
+    multiprocessing.active_children()[0].kill()
+threading.Thread(target=kill, daemon=True).start()
+train.main(sys.argv[1:-1])"""
+    command = flags(data, tmp_path / "run", "--epochs 9999 --workers 1")
+    done = script("-c", code, *command, tmp_path / "run/log.csv", timeout=60)
     assert done.returncode == 2, done
     assert re.fullmatch("error: try --workers 0: DataLoader worker.*\n", done.stderr), (
         done
