@@ -760,9 +760,9 @@ train.main(sys.argv[1:-1])"""
     command = flags(data, tmp_path / "run", "--epochs 9999 --workers 1")
     done = script("-c", code, *command, tmp_path / "run/log.csv", timeout=60)
     assert done.returncode == 2, done
-    assert re.fullmatch("error: try --workers 0: DataLoader worker.*\n", done.stderr), (
-        done
-    )
+    # Torch notices in whatever runs at that moment, be it the writing of a file.
+    noticed = "error: (try --workers 0: DataLoader worker|.*cannot be written).*\n"
+    assert re.fullmatch(noticed, done.stderr), done
 
 
 # The scripts
