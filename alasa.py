@@ -257,6 +257,7 @@ class AlasaDataset(Dataset):
         return image if self.split == "test" else (image, int(self.labels[key]))
 
     def read_batch(self, epoch: int, rows: list[int]) -> tuple[list[int], Tensor, dict]:
+        """Return rows that were read, their images [B, 3, H, W], {other row: error}."""
         images, errors = {}, {}
         for row in rows:
             with torch.random.fork_rng(devices=[]):
@@ -279,10 +280,12 @@ class AlasaDataset(Dataset):
         return list(images), stacked.permute(0, 3, 1, 2), errors
 
 
-def ignore_signals(worker: int) -> None:
-    """Leave Ctrl-C and SIGTERM, which reach a whole process group, to the main process."""
+def leave_to_main(worker: int) -> None:
+    """In a worker, leave Ctrl-C and SIGTERM, which reach all processes, to the main one."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # Faults go to the main process; this hook would only report that it has left.
+    sys.excepthook = lambda *_: None
 
 
 class Reader:
@@ -299,7 +302,7 @@ class Reader:
         self.dataset, self.batch_size, self.device = dataset, batch_size, device
         self.balance, self.plan = balance, []
         options = {"num_workers": workers, "persistent_workers": workers > 0}
-        options["worker_init_fn"] = ignore_signals
+        options["worker_init_fn"] = leave_to_main
         options["pin_memory"] = torch.device(device).type == "cuda"
         # Without a generator each pass would draw its seed from the global one.
         options["generator"] = torch.Generator()
@@ -680,12 +683,7 @@ def fit(s: Namespace, criterion: nn.Module | None = None) -> list[dict[str, floa
     }
     identity = {"classes": classes, "settings": vars(s), "sha256": digests}
     previous = open_run(s, identity)
-    readers = []
-    for split, frame in frames.items():
-        frame["label"] = frame["label"].map(classes.index)
-        transform = make_transform(split, s.image_size, s.augment)
-        dataset = AlasaDataset(frame, split, transform, s.seed)
-        readers.append(Reader(dataset, s.batch_size, device, s.workers, s.balance))
+    readers = make_readers(s, frames, classes, device)
     if s.check_images:
         refuse(e for r in readers for *_, errors in r.read() for e in errors.values())
     parts = build_parts(s, len(classes), device, previous)
@@ -709,6 +707,19 @@ def fit(s: Namespace, criterion: nn.Module | None = None) -> list[dict[str, floa
         with contextlib.suppress(OSError):
             os.rmdir(s.out)  # nothing was written
     return history
+
+
+def make_readers(
+    s: Namespace, frames: dict, classes: list[str], device
+) -> list[Reader]:
+    """Return a reader of each split; labels become indices of `classes`."""
+    readers = []
+    for split, frame in frames.items():
+        frame["label"] = frame["label"].map(classes.index)
+        transform = make_transform(split, s.image_size, s.augment)
+        dataset = AlasaDataset(frame, split, transform, s.seed)
+        readers.append(Reader(dataset, s.batch_size, device, s.workers, s.balance))
+    return readers
 
 
 def build_parts(s: Namespace, classes: int, device, previous: dict | None) -> dict:

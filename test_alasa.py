@@ -69,9 +69,11 @@ def fit(
     return alasa.fit(train.parse_flags(flags(data, out, more, tiny)), **kwargs)
 
 
-def script(*command: object, cwd: Path = HERE, **kwargs) -> subprocess.CompletedProcess:
+def script(
+    *command: object, cwd: Path = HERE, threads: str = "1", **kwargs
+) -> subprocess.CompletedProcess:
     command = [sys.executable, *map(str, command)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": threads}
     return subprocess.run(
         command,
         check=False,
@@ -825,7 +827,7 @@ def test_tta_of_an_image_and_of_its_quarter_turn_agree(reference, tmp_path):
 
 
 def test_the_demo_runs_and_predicts(tmp_path):
-    done = script(HERE / "train.py", "--epochs", 1, cwd=tmp_path)
+    done = script(HERE / "train.py", "--epochs", 1, cwd=tmp_path, threads="2")
     assert (
         done.returncode == 0
         and "python train.py --train-csv digits/train.csv" in done.stdout

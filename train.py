@@ -38,6 +38,18 @@ def parse_flags(flags: list[str]) -> argparse.Namespace:
 
     about = {"usage": "python train.py [flags]", "description": __doc__}
     parser = argparse.ArgumentParser(**about, formatter_class=Shown, allow_abbrev=False)
+    add_data_and_model(parser)
+    add_training_and_run(parser)
+    args = parser.parse_args(flags)
+    if bool(args.train_csv) != bool(args.valid_csv):
+        parser.error("--train-csv and --valid-csv belong together")
+    if args.image_column == args.label_column:
+        parser.error("--image-column and --label-column are the same")
+    return args
+
+
+def add_data_and_model(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say what is learnt from, and by what."""
     add = parser.add_argument_group("data").add_argument
     add("--train-csv", help="images to train on")
     add("--valid-csv", help="images that choose the best epoch")
@@ -59,6 +71,10 @@ def parse_flags(flags: list[str]) -> argparse.Namespace:
     add("--weights", default="DEFAULT", help="torchvision's name, a file, or none")
     add("--freeze", action="store_true", help="train the new last layer only")
     add("--full-res-stem", action="store_true", help="stride 1 in the first layer")
+
+
+def add_training_and_run(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say how it is learnt."""
     add = parser.add_argument_group("training").add_argument
     add(
         "--epochs", type=number(int, 1), default=10, help="passes over the data, in all"
@@ -85,12 +101,6 @@ def parse_flags(flags: list[str]) -> argparse.Namespace:
     add = parser.add_mutually_exclusive_group().add_argument
     add("--resume", action="store_true", help="go on with the run in --out")
     add("--overwrite", action="store_true", help="replace the run in --out")
-    args = parser.parse_args(flags)
-    if bool(args.train_csv) != bool(args.valid_csv):
-        parser.error("--train-csv and --valid-csv belong together")
-    if args.image_column == args.label_column:
-        parser.error("--image-column and --label-column are the same")
-    return args
 
 
 def write_digits(folder: str) -> None:
