@@ -863,7 +863,7 @@ def run_script(main: Callable[[], int]) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         code = main()
-    except (AlasaError, OSError) as error:
+    except (AlasaError, OSError, EOFError) as error:
         print(f"error: {error}", file=sys.stderr)
         code = 2
     except RuntimeError as error:
