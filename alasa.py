@@ -562,8 +562,9 @@ def write_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
-    except (OSError, RuntimeError) as error:  # torch.save may raise either
-        raise AlasaError(f"{path}: cannot be written", error) from error
+    except (OSError, RuntimeError) as error:  # torch.save wraps the one in the other
+        cause = error if isinstance(error, OSError) else error.__context__ or error
+        raise AlasaError(f"{path}: cannot be written", cause) from error
     finally:
         part.unlink(missing_ok=True)
 
