@@ -10,7 +10,6 @@ CSV rows, images, batches, the model, one epoch, scores, files, and the whole ru
 import contextlib
 import csv
 import ctypes
-import functools
 import hashlib
 import math
 import os
@@ -22,10 +21,10 @@ import time
 import zipfile
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 
 import numpy as np
 import pandas as pd
-import PIL
 import torch
 import torch.distributed as dist
 import torchvision
@@ -38,9 +37,8 @@ from torchvision.transforms import v2
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet, for RGB in 0..1
 VIEWS = {"none": 1, "flip": 2, "crop": 2, "d4": 8}  # how many each augmentation shows
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-SGD = functools.partial(torch.optim.SGD, momentum=0.9)
-OPTIMIZERS = {"adamw": torch.optim.AdamW, "sgd": SGD}
-VERSIONS = {m.__name__: str(m.__version__) for m in (torch, torchvision, PIL, np)}
+OPTIMIZERS = {"adamw": torch.optim.AdamW, "sgd": partial(torch.optim.SGD, momentum=0.9)}
+VERSIONS = {m.__name__: str(m.__version__) for m in (torch, torchvision, Image, np)}
 RUN_FILES = ("last.pt", "best.pt", "log.csv", "losses.png")
 # A resumed run may change these flags: none moves a weight.
 FREE = {"train_csv", "valid_csv", "image_root", "check_images", "workers", "device"}
@@ -184,7 +182,7 @@ def make_transform(split: str, size: int = 0, augment: str = "d4") -> v2.Compose
         raise AlasaError("--augment crop needs --image-size")
     resize = [v2.Resize(size), v2.CenterCrop(size)] if size else []
     crop = [v2.RandomResizedCrop(size)] if augment == "crop" else resize
-    views = [functools.partial(d4_view, view=view) for view in range(VIEWS[augment])]
+    views = [partial(d4_view, view=view) for view in range(VIEWS[augment])]
     return v2.Compose([*crop, v2.PILToTensor(), v2.RandomChoice(views)])
 
 
@@ -477,22 +475,29 @@ def load_checkpoint(path: str) -> dict:
             if damaged := archive.testzip():  # torch.load checks no CRC
                 raise ValueError(f"{damaged} is damaged")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        _ = [checkpoint[key] for key in ("model", "settings", "history")]
+        for key in ("model", "settings", "history", "versions"):
+            checkpoint[key]
         return checkpoint
 
 
-@blame("losses.png cannot be drawn")
-def plot_history(path: str, history: list[dict[str, float]]) -> None:
-    """Draw the two losses, and beside them the two scores, by epoch."""
-    from matplotlib.figure import Figure  # slow, and pyplot may want a display
+def write_history(out: str, history: list[dict[str, float]]) -> None:
+    """Write log.csv, a row an epoch, and losses.png: the losses beside the scores."""
+    log = pd.DataFrame(history)
+    text = log.to_csv(index=False, float_format="%.6g").encode()
+    write_file(f"{out}/log.csv", lambda file: file.write(text))
+    try:
+        with blame("losses.png cannot be drawn"):
+            from matplotlib.figure import Figure  # slow, and pyplot may want a display
 
-    log, figure = pd.DataFrame(history), Figure(figsize=(10, 4), layout="constrained")
-    panels = {"loss": ["train_loss", "valid_loss"], "validation": ["auc", "wauc"]}
-    for axes, (title, columns) in zip(figure.subplots(1, 2), panels.items()):
-        axes.plot(log["epoch"], log[columns], marker=".", label=columns)
-        axes.set(xlabel="epoch", ylabel=title)
-        axes.legend()
-    write_file(path, lambda file: figure.savefig(file, format="png", dpi=120))
+            figure = Figure(figsize=(10, 4), layout="constrained")
+            panels = {"loss": ["train_loss", "valid_loss"], "score": ["auc", "wauc"]}
+            for axes, (name, columns) in zip(figure.subplots(1, 2), panels.items()):
+                axes.plot(log["epoch"], log[columns], marker=".", label=columns)
+                axes.set(xlabel="epoch", ylabel=name)
+                axes.legend()
+            write_file(f"{out}/losses.png", lambda file: figure.savefig(file, dpi=120))
+    except AlasaError as error:  # the run is whole without it
+        print(f"warning: {error}")
 
 
 def start(name: str, precision: str) -> tuple[torch.device, str, torch.autocast]:
@@ -547,46 +552,35 @@ def save_epoch(out: str, parts: dict, settings: dict, history: list[dict]) -> No
         with contextlib.suppress(OSError):
             os.remove(f"{out}/{name}")  # of the run that this one overwrites
     if best_epoch(history, settings["monitor"]) == len(history) - 1:
-        write_file(f"{out}/best.pt", functools.partial(torch.save, best))
-    write_file(f"{out}/last.pt", functools.partial(torch.save, best | states))
-    write_log(out, history)
+        write_file(f"{out}/best.pt", partial(torch.save, best))
+    write_file(f"{out}/last.pt", partial(torch.save, best | states))
+    write_history(out, history)
 
 
-def write_log(out: str, history: list[dict[str, float]]) -> None:
-    """Write log.csv, a row an epoch, six digits."""
-    log = pd.DataFrame(history).to_csv(index=False, float_format="%.6g").encode()
-    write_file(f"{out}/log.csv", lambda file: file.write(log))
-
-
-def load_splits(s: Namespace) -> tuple[AlasaDataset, AlasaDataset, list[str]]:
-    """Return the images to train and to validate on, and the classes."""
-    columns, csvs = (
-        {s.image_column: "image", s.label_column: "label"},
-        (s.train_csv, s.valid_csv),
-    )
-    frames = [read_csv(path, columns, s.image_root) for path in csvs]
+def load_splits(s: Namespace) -> tuple[list[AlasaDataset], list[str]]:
+    """Return the images to train on and those to validate on, and the classes."""
+    how = {s.image_column: "image", s.label_column: "label"}, s.image_root
+    frames = [read_csv(path, *how) for path in (s.train_csv, s.valid_csv)]
     classes, datasets = check_splits(*frames), []
     for split, frame in zip(("train", "valid"), frames):
         frame["label"] = frame["label"].map(classes.index)
         transform = make_transform(split, s.image_size, s.augment)
         datasets.append(AlasaDataset(frame, split, transform, s.seed))
-    return *datasets, classes
+    return datasets, classes
 
 
-def describe(
-    s: Namespace, device, train: AlasaDataset, valid: AlasaDataset, classes
-) -> None:
+def describe(s: Namespace, device, datasets: list[AlasaDataset], classes) -> None:
     """Print what is about to run, how many images each class has, what chance scores."""
     print(f"{s.arch} on {WORLD} x {device}, {s.precision}, {s.workers} workers")
-    counts = {data.split: np.bincount(data.labels) for data in (train, valid)}
+    counts = {data.split: np.bincount(data.labels) for data in datasets}
     print(pd.DataFrame(counts, index=classes).to_string())
     p, q = (count / count.sum() for count in counts.values())
     loss = -(q * np.log(p)).sum()
     print(f"chance: loss {loss:.4f}, accuracy {q.max():.4f}, auc 0.5, wauc 0.5857")
-    used = WORLD * sum(map(len, train.plan(1, s.batch_size)))
+    used = WORLD * sum(map(len, datasets[0].plan(1, s.batch_size)))
     refuse([] if used else ["too few images, or too small a --batch-size, to train on"])
-    if left := len(train) - used:
-        print(f"{left} images sit out each epoch of training: too small a last batch")
+    if left := len(datasets[0]) - used:
+        print(f"left out of each epoch, as too few for a batch: {left} of the images")
 
 
 def build_parts(s: Namespace, classes: int, device, previous: dict) -> dict:
@@ -609,7 +603,7 @@ def fit(s: Namespace, criterion: nn.Module | None = None) -> list[dict[str, floa
     """Train as the flags of train.py say, keep RUN_FILES in s.out; return the history.
     criterion(logits [B, classes], labels [B]) is a mean loss, by default cross entropy."""
     device, s.precision, amp = start(s.device, s.precision)
-    *datasets, classes = load_splits(s)
+    datasets, classes = load_splits(s)
     rows = [(data.images, data.labels) for data in datasets]
     settings = vars(s) | {"classes": classes, "rows": derive_seed(rows)}
     previous = open_run(settings, s.out, s.resume, s.overwrite)
@@ -621,9 +615,11 @@ def fit(s: Namespace, criterion: nn.Module | None = None) -> list[dict[str, floa
     passes = [read_ahead(data, epochs, device, s.workers, *how) for data in datasets]
     parts = build_parts(s, len(classes), device, previous)
     check_size(parts["model"], s.arch, datasets[1][0][0].to(device))
-    describe(s, device, *datasets, classes)
+    describe(s, device, datasets, classes)
     try:
         os.makedirs(s.out, exist_ok=True)
+        if history and RANK == 0:
+            write_history(s.out, history)  # if a kill came between last.pt and it
         for row in run_epochs(s, parts, datasets, passes, criterion, amp, history):
             if RANK == 0:
                 save_epoch(s.out, parts, settings, [*history, row])
@@ -635,12 +631,6 @@ def fit(s: Namespace, criterion: nn.Module | None = None) -> list[dict[str, floa
         print(f"To go on: python {shlex.join(sys.argv)} --resume" if history else "")
         raise
     finally:
-        if history and RANK == 0:
-            write_log(s.out, history)  # if a kill came between last.pt and it
-            try:
-                plot_history(f"{s.out}/losses.png", history)
-            except AlasaError as error:
-                print(f"warning: {error}")  # the run is whole without it
         with contextlib.suppress(OSError):
             os.rmdir(s.out)  # nothing was written
     return history
@@ -678,23 +668,22 @@ def predict(
     takes the mean of the logits over the views that training drew from."""
     s = Namespace(**checkpoint["settings"])
     device, _, amp = start(device, s.precision)
+    dataset = AlasaDataset(frame, "test", make_transform("test", s.image_size))
+    batches = read_ahead(dataset, [0], device, workers, batch or s.batch_size)
     seed_everything(s.seed)
     model = build_model(s.arch, len(s.classes), "none", False, s.full_res_stem)
     model.load_state_dict(checkpoint["model"])
-    dataset = AlasaDataset(frame, "test", make_transform("test", s.image_size))
-    batches = read_ahead(dataset, [0], device, workers, batch or s.batch_size)
     views = VIEWS[s.augment] if tta else 1
     results = infer(model.to(device), next(batches), amp, views)
     logits = np.full((len(frame), len(s.classes)), math.nan, np.float32)
     for row, result in results.items():
         logits[row] = math.nan if isinstance(result, str) else result
     p = torch.from_numpy(logits).double().softmax(1).numpy()
-    table = pd.DataFrame(p, columns=[f"p_{name}" for name in s.classes])
     good = np.isfinite(p).all(1)
-    best = np.where(good, np.array(s.classes)[p.argmax(1)], "")
-    table.insert(0, "image", frame["image"].tolist())
-    table.insert(1, "label", best)
-    table.insert(2, "score", p[:, 1:].sum(1))
+    table = pd.DataFrame({"image": frame["image"].tolist()})
+    table["label"] = np.where(good, np.array(s.classes)[p.argmax(1)], "")
+    table["score"] = p[:, 1:].sum(1)
+    table[[f"p_{name}" for name in s.classes]] = p
     if not good.all():
         table["error"] = [
             "" if ok else str(results[row]) for row, ok in enumerate(good)
@@ -714,8 +703,8 @@ def run_script(main: Callable[[], int | None]) -> None:
         lost = "DataLoader worker" in str(error)  # killed, or out of shared memory
         if isinstance(error, RuntimeError) and not lost:
             raise
-        line = " ".join(str(error).split()) + "; try --workers 0" * lost
-        print(f"error: {line}", file=sys.stderr)
+        *_, line = str(error).split("\n")  # those before are the worker's traceback
+        print(f"error: {line}" + "; try --workers 0" * lost, file=sys.stderr)
         code = 2
     sys.stdout.flush()
     os._exit(code)  # all is written, and torch takes a second to tear itself down

@@ -10,9 +10,8 @@ import os
 
 from train import WORKERS, Help
 
-parser = argparse.ArgumentParser(
-    None, "python predict.py [flags] [images]", __doc__, formatter_class=Help
-)
+usage = "python predict.py [flags] [images]"
+parser = argparse.ArgumentParser(None, usage, __doc__, formatter_class=Help)
 add = parser.add_argument_group("images").add_argument
 add("images", nargs="*", help="image files; none: those of --test-csv")
 add("--test-csv", help="None: test.csv beside the training CSV of the checkpoint")
@@ -52,6 +51,10 @@ def main() -> int:
 
 def report(labels: "pd.Series", table: "pd.DataFrame", classes: list[str]) -> None:
     """Print the scores of labelled images; draw their confusion matrix and ROC curves."""
+    import matplotlib
+    from matplotlib.figure import Figure
+    from sklearn.metrics import ConfusionMatrixDisplay, RocCurveDisplay
+
     if unknown := sorted(set(labels) - set(classes)):
         print(f"not scored: the labels {unknown} are not among the classes {classes}")
         return
@@ -60,6 +63,7 @@ def report(labels: "pd.Series", table: "pd.DataFrame", classes: list[str]) -> No
     print(", ".join(f"{name} {value:.6g}" for name, value in scores.items()))
     if absent := sorted(set(classes) - set(labels)):
         print(f"auc and wauc are undefined: no image is {absent}")
+    matplotlib.use("Agg")  # no display is needed
     figure = Figure(figsize=(12, 5.5), layout="constrained")
     matrix, roc = figure.subplots(1, 2)
     many, how = len(classes) > 20, {"labels": classes, "xticks_rotation": "vertical"}
@@ -79,12 +83,8 @@ if __name__ == "__main__":
     if min(args.workers, args.batch_size) < 0:
         parser.error("--workers and --batch-size are at least 0")
     # Late, as torch takes seconds to import and --help should not.
-    import matplotlib
     import pandas as pd
-    from matplotlib.figure import Figure
-    from sklearn.metrics import ConfusionMatrixDisplay, RocCurveDisplay
 
     import alasa
 
-    matplotlib.use("Agg")  # no display is needed
     alasa.run_script(main)

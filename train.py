@@ -17,7 +17,8 @@ DEMO += "--augment none --weights none --batch-size 64 --epochs 8"
 LEAST = {"image_size": 0, "workers": 0, "epochs": 1, "batch_size": 2, "lr": 0}
 LEAST |= {"weight_decay": 0, "label_smoothing": 0, "early_stop": 0, "seed": 0}
 MOST = {"label_smoothing": 1}
-WORKERS = min(8, (os.cpu_count() or 1) // 2)
+WORLD = int(os.environ.get("WORLD_SIZE", "1"))  # processes of torchrun
+WORKERS = min(8, (os.cpu_count() or 1) // 2 // WORLD)
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawTextHelpFormatter):
