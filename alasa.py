@@ -554,7 +554,6 @@ def save_epoch(out: str, parts: dict, settings: dict, history: list[dict]) -> No
     if best_epoch(history, settings["monitor"]) == len(history) - 1:
         write_file(f"{out}/best.pt", partial(torch.save, best))
     write_file(f"{out}/last.pt", partial(torch.save, best | states))
-    write_history(out, history)
 
 
 def load_splits(s: Namespace) -> tuple[list[AlasaDataset], list[str]]:
@@ -624,6 +623,8 @@ def fit(s: Namespace, criterion: nn.Module | None = None) -> list[dict[str, floa
             if RANK == 0:
                 save_epoch(s.out, parts, settings, [*history, row])
             history.append(row)
+            if RANK == 0:
+                write_history(s.out, history)
             print(", ".join(f"{name} {value:.6g}" for name, value in row.items()))
         print(f"best: epoch {best_epoch(history, s.monitor) + 1}, in {s.out}/best.pt")
     except KeyboardInterrupt:
