@@ -12,6 +12,7 @@ import csv
 import ctypes
 import hashlib
 import math
+import multiprocessing
 import os
 import random
 import shlex
@@ -707,5 +708,7 @@ def run_script(main: Callable[[], int | None]) -> None:
         *_, line = str(error).split("\n")  # those before are the worker's traceback
         print(f"error: {line}" + "; try --workers 0" * lost, file=sys.stderr)
         code = 2
+    for worker in multiprocessing.active_children():
+        worker.kill()  # it would notice in five seconds that this process has left
     sys.stdout.flush()
     os._exit(code)  # all is written, and torch takes a second to tear itself down

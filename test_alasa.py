@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import multiprocessing
 import os
 import pickle
 import re
@@ -357,7 +358,8 @@ ARCHS = ["efficientnet_b0", "mobilenet_v3_small", "vgg11", "vit_b_16", "swin_t"]
 @pytest.mark.parametrize("arch", [*ARCHS, "convnext_tiny"])
 def test_any_classifier_gets_a_head_of_the_right_size_and_freeze_trains_only_it(arch):
     model = alasa.build_model(arch, 3, "none", freeze=True).eval()
-    plain = torchvision.models.get_model(arch, num_classes=3)
+    with torch.device("meta"):
+        plain = torchvision.models.get_model(arch, num_classes=3)
     assert model.state_dict().keys() == plain.state_dict().keys()
     trained = [p for p in model.parameters() if p.requires_grad]
     assert [len(p) for p in trained] == [3, 3]
@@ -494,6 +496,19 @@ def test_every_image_once_an_epoch_but_a_last_single_one(data):
     assert dataset.plan(1, 4) == dataset.plan(1, 4) != dataset.plan(2, 4)
     assert flat(alasa.AlasaDataset(frame, "valid").plan(1, 4)) == list(range(13))
     assert [len(rows) for rows in dataset.plan(1, 99)] == [13]
+
+
+def test_two_processes_share_the_batches_of_one(data, monkeypatch):
+    frame = split_frames(data)[0].assign(label=0)
+    splits = [alasa.AlasaDataset(frame, split) for split in ("train", "valid")]
+    (train, valid), shares = [split.plan(1, 4) for split in splits], []
+    monkeypatch.setattr(alasa, "WORLD", 2)
+    for rank in (0, 1):
+        monkeypatch.setattr(alasa, "RANK", rank)
+        shares.append([split.plan(1, 4) for split in splits])
+    assert [valid[::2], valid[1::2]] == [share[1] for share in shares]  # whole batches
+    halves = zip(shares[0][0], shares[1][0])
+    assert [sorted(a + b) for a, b in halves] == [sorted(rows) for rows in train]
 
 
 # Faults
@@ -664,6 +679,15 @@ def test_an_interrupted_run_says_what_was_saved_and_how_to_go_on(data, run, numb
     alasa.load_checkpoint(run / "last.pt")
 
 
+def test_workers_outlive_signals_meant_for_the_main_process(data):
+    dataset = alasa.AlasaDataset(split_frames(data)[1].assign(label=0), "valid")
+    (batches,) = alasa.read_ahead(dataset, [0], torch.device("cpu"), 1, 1)
+    next(batches)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        os.kill(multiprocessing.active_children()[0].pid, number)
+    assert len(list(batches)) == 7
+
+
 def test_a_killed_worker_is_one_line(data, run):
     code = """import multiprocessing, os, sys, threading, time, train
 def kill():
@@ -689,17 +713,22 @@ def test_exhausted_shared_memory_is_one_line_that_says_workers_0(data, run):
 # The scripts
 
 
-def test_predicting_on_the_validation_csv_prints_the_logged_scores(data, tmp_path):
+def test_predicting_on_the_validation_csv_prints_the_logged_scores(
+    data, tmp_path, monkeypatch
+):
+    seen, real = [], alasa.score
+    monkeypatch.setattr(alasa, "score", lambda y, p: seen.append(p) or real(y, p))
     fit(data, tmp_path, "--precision bf16")
     log = pd.read_csv(tmp_path / "log.csv", dtype=str)
-    best = log.iloc[alasa.best_epoch(log.astype(float).to_dict("records"), "auc")]
+    best = alasa.best_epoch(log.astype(float).to_dict("records"), "auc")
     common = ["--checkpoint", tmp_path / "best.pt", "--output", tmp_path / "p.csv"]
     done = script("predict.py", *common, "--test-csv", data / "valid.csv")
-    accuracy, auc, wauc = best[["valid_accuracy", "auc", "wauc"]]
+    accuracy, auc, wauc = log.loc[best, ["valid_accuracy", "auc", "wauc"]]
     scores = f"accuracy {accuracy}, auc {auc}, wauc {wauc}\n"
     assert done.returncode == 0 and scores in done.stdout, done
-    table = pd.read_csv(tmp_path / "p.csv")
+    table = pd.read_csv(tmp_path / "p.csv", dtype=str)
     assert list(table) == ["image", "label", "score", "p_ant", "p_cat"]
+    assert (table[["p_ant", "p_cat"]].astype(float).to_numpy() == seen[best]).all()
     assert table["image"].tolist() == [f"valid {i}.png" for i in range(8)]
     for name in ("p.png", "losses.png"):
         assert Image.open(tmp_path / name).size > (999, 400)
