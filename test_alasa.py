@@ -773,6 +773,7 @@ def run_readme(first: str, last: str, block: int) -> dict:
 
 
 def test_the_demo_and_the_library_block_of_readme_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
     done = script(HERE / "train.py", "--epochs", 1, cwd=tmp_path)
     assert done.returncode == 0 and "python train.py --train-csv digits" in done.stdout
     done = script(HERE / "predict.py", cwd=tmp_path)
