@@ -126,7 +126,7 @@ def check_splits(train: pd.DataFrame, valid: pd.DataFrame) -> list[str]:
     AlasaError if images are missing, or if the validation AUC would be undefined or a lie.
     """
     labels = set(train["label"])
-    numbers = all(label.lstrip("-").isdecimal() for label in labels)
+    numbers = all(label.removeprefix("-").isdecimal() for label in labels)
     classes = sorted(labels, key=lambda label: (int(label) if numbers else 0, label))
     refuse([] if len(labels) > 1 else [f"training has one class only: {classes}"])
     rows = valid[~valid["label"].isin(labels)].itertuples()
@@ -511,7 +511,8 @@ def start(name: str, precision: str) -> tuple[torch.device, str, torch.autocast]
         device = torch.empty(0, device=name).device
     if WORLD > 1:
         dist.init_process_group()
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1) if RANK else None  # rank 0 speaks
+        if RANK:  # rank 0 alone speaks
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     if precision == "auto":  # bf16 where the hardware is made for it
         cuda = device.type == "cuda" and torch.cuda.get_device_capability() >= (8, 0)
         cpu = device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16")
@@ -705,7 +706,7 @@ def run_script(main: Callable[[], int | None]) -> None:
         lost = "DataLoader worker" in str(error)  # killed, or out of shared memory
         if isinstance(error, RuntimeError) and not lost:
             raise
-        *_, line = str(error).split("\n")  # those before are the worker's traceback
+        *_, line = str(error).strip().split("\n")  # after a lost worker's traceback
         print(f"error: {line}" + "; try --workers 0" * lost, file=sys.stderr)
         code = 2
     for worker in multiprocessing.active_children():

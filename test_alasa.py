@@ -357,14 +357,13 @@ ARCHS = ["efficientnet_b0", "mobilenet_v3_small", "vgg11", "vit_b_16", "swin_t"]
 
 @pytest.mark.parametrize("arch", [*ARCHS, "convnext_tiny"])
 def test_any_classifier_gets_a_head_of_the_right_size_and_freeze_trains_only_it(arch):
-    model = alasa.build_model(arch, 3, "none", freeze=True).eval()
-    with torch.device("meta"):
+    with torch.device("meta"):  # shapes without numbers
+        model = alasa.build_model(arch, 3, "none", freeze=True).eval()
         plain = torchvision.models.get_model(arch, num_classes=3)
+        assert model(torch.zeros(1, 3, 224, 224)).shape == (1, 3)
     assert model.state_dict().keys() == plain.state_dict().keys()
     trained = [p for p in model.parameters() if p.requires_grad]
     assert [len(p) for p in trained] == [3, 3]
-    with torch.inference_mode():
-        assert model(torch.zeros(1, 3, 224, 224)).shape == (1, 3)
 
 
 @pytest.mark.parametrize(
@@ -707,7 +706,7 @@ def test_exhausted_shared_memory_is_one_line_that_says_workers_0(data, run):
     code += "train.main(sys.argv[1:])"
     done = script("-c", code, *flags(data, run, "--workers 1"))
     assert done.returncode == 2 and not (run).exists(), done
-    assert re.fullmatch("error: .*; try --workers 0\n", done.stderr), done
+    assert re.fullmatch("error: .*large.*; try --workers 0\n", done.stderr), done
 
 
 # The scripts
