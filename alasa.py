@@ -18,6 +18,7 @@ import random
 import shlex
 import signal
 import sys
+import threading
 import time
 import zipfile
 from argparse import Namespace
@@ -44,6 +45,7 @@ RUN_FILES = ("last.pt", "best.pt", "log.csv", "losses.png")
 # A resumed run may change these flags: none moves a weight.
 FREE = {"train_csv", "valid_csv", "image_root", "check_images", "workers", "device"}
 FREE |= {"epochs", "early_stop", "out", "resume", "overwrite"}
+STOP = threading.Event()  # set by Ctrl-C and SIGTERM
 RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else not deterministic
@@ -288,6 +290,8 @@ def read_ahead(
 def take(batches: Iterator[tuple], count: int, what: str) -> Iterator[tuple]:
     """Yield the next `count` batches, with a progress line while a terminal watches."""
     for step in range(1, count + 1):
+        if STOP.is_set():  # a library has swallowed the exception
+            raise KeyboardInterrupt
         if sys.stderr.isatty() and RANK == 0:
             print(f"\r{what} {step}/{count} ", end="\r", file=sys.stderr, flush=True)
         yield next(batches)
@@ -509,7 +513,7 @@ def start(name: str, precision: str) -> tuple[torch.device, str, torch.autocast]
         if name == "cuda" and WORLD > 1:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         device = torch.empty(0, device=name).device
-    if WORLD > 1:
+    if WORLD > 1 and not dist.is_initialized():
         dist.init_process_group()
         if RANK:  # rank 0 alone speaks
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -694,9 +698,16 @@ def predict(
     return table
 
 
+def interrupt(*_: object) -> None:
+    """Stop training, at the latest at its next batch."""
+    STOP.set()
+    raise KeyboardInterrupt
+
+
 def run_script(main: Callable[[], int | None]) -> None:
     """Run main() and leave with its exit code; 2 and one line for a fault, 130 for Ctrl-C."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGINT, interrupt)
+    signal.signal(signal.SIGTERM, interrupt)
     sys.stdout.reconfigure(line_buffering=True)
     try:
         code = main() or 0
