@@ -118,7 +118,8 @@ def read_csv(
             empty = frame["place"][frame[name].str.strip() == ""]
             refuse(f"{place}: the {name} is empty" for place in empty)
         elif labelled or name == "image":
-            raise AlasaError(f"{path}: needs one column {column!r}, has {header}")
+            what = f"{path}: needs one column {column!r}, has {header}"
+            raise AlasaError(f"{what}; give --{name}-column")
     root = os.path.dirname(path) if root is None else root
     return frame.assign(path=[os.path.join(root, file) for file in frame["image"]])
 
@@ -224,8 +225,8 @@ class AlasaDataset(Dataset):
                 errors[row] = f"{self.places[row]}: {error}"
         sizes = {image.shape[:0:-1]: self.paths[row] for row, image in images.items()}
         if len(sizes) > 1:
-            named = "; ".join(f"{path} is {w}x{h}" for (w, h), path in sizes.items())
-            mixed = f"a batch needs one size (--image-size, --batch-size 1): {named}"
+            named = [f"{path} is {w}x{h}" for (w, h), path in sizes.items()][:2]
+            mixed = f"a batch needs one size: {', '.join(named)}; give --image-size"
             images, errors = {}, errors | dict.fromkeys(images, mixed)
         # Channels last, as decoded and as convolutions like it; in a worker default_collate
         # stacks straight into shared memory.

@@ -253,7 +253,7 @@ def test_mixed_sizes_are_named(tmp_path):
         picture(6, size).save(tmp_path / name)
     frame = frame_of(tmp_path / "a.png", tmp_path / "b.png")
     rows, _, errors, _ = alasa.AlasaDataset(frame, "valid")[0, [0, 1]]
-    expected = "one size.*--image-size.*a.png is 8x6.*b.png is 9x6"
+    expected = "one size: .*a.png is 8x6, .*b.png is 9x6; give --image-size"
     assert rows == [] and re.search(expected, errors[0]) and errors[0] == errors[1]
 
 
