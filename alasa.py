@@ -294,7 +294,7 @@ def take(batches: Iterator[tuple], count: int, what: str) -> Iterator[tuple]:
         if STOP.is_set():  # a library has swallowed the exception
             raise KeyboardInterrupt
         if sys.stderr.isatty() and RANK == 0:
-            print(f"\r{what} {step}/{count} ", end="\r", file=sys.stderr, flush=True)
+            print(f"{what} {step}/{count}\033[K", end="\r", file=sys.stderr, flush=True)
         yield next(batches)
 
 
