@@ -284,7 +284,8 @@ def read_ahead(
         rows = {row: data.paths[row] for row in rows}
         return rows, normalise(images.to(device, non_blocking=True)), labels, errors
 
-    batches = map(finish, iter(loader))
+    with blame("the workers cannot start, try --workers 0"):
+        batches = map(finish, iter(loader))
     return (take(batches, len(data.plan(epoch, *how)), data.split) for epoch in epochs)
 
 
