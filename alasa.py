@@ -278,8 +278,9 @@ def read_ahead(
     )
 
     def finish(batch: tuple) -> tuple:
+        """Take a worker's batch to the device, and seed the step that it is for."""
         rows, images, errors, seed = batch
-        torch.manual_seed(seed)  # of dropout in the step that follows
+        torch.manual_seed(seed)  # for dropout
         labels = torch.tensor([data.labels[row] for row in rows], device=device)
         rows = {row: data.paths[row] for row in rows}
         return rows, normalise(images.to(device, non_blocking=True)), labels, errors
@@ -658,8 +659,8 @@ def run_epochs(s, parts, datasets, passes, criterion, amp, history) -> Iterator[
             break
         began, (train, valid) = time.perf_counter(), map(next, passes)
         row = {"epoch": len(history) + 1, "lr": optimizer.param_groups[0]["lr"]}
-        how = (criterion, optimizer, amp, scaler, row["epoch"])
-        row |= train_one_epoch(net, train, *how)
+        tools = (criterion, optimizer, amp, scaler, row["epoch"])
+        row |= train_one_epoch(net, train, *tools)
         for buffer in model.buffers() if WORLD > 1 else ():
             dist.broadcast(buffer, 0)  # batch statistics differ by process
         scores = evaluate(model, valid, datasets[1].labels, criterion, amp)
