@@ -720,7 +720,8 @@ def run_script(main: Callable[[], int | None]) -> None:
         lost = "DataLoader worker" in str(error)  # killed, or out of shared memory
         if isinstance(error, RuntimeError) and not lost:
             raise
-        *_, line = str(error).strip().split("\n")  # after a lost worker's traceback
+        lines = str(error).strip().split("\n")
+        line = lines[-1] if lost else "\\n".join(lines)  # less the worker's traceback
         print(f"error: {line}" + "; try --workers 0" * lost, file=sys.stderr)
         code = 2
     for worker in multiprocessing.active_children():
