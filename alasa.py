@@ -15,7 +15,6 @@ import math
 import multiprocessing
 import os
 import random
-import shlex
 import signal
 import sys
 import threading
@@ -45,8 +44,8 @@ RUN_FILES = ("last.pt", "best.pt", "log.csv", "losses.png")
 # A resumed run may change these flags: none moves a weight.
 FREE = {"train_csv", "valid_csv", "image_root", "check_images", "workers", "device"}
 FREE |= {"epochs", "early_stop", "out", "resume", "overwrite"}
-STOP = threading.Event()  # set by Ctrl-C and SIGTERM
 RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+STOP = threading.Event()  # set by Ctrl-C and SIGTERM
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else not deterministic
 if sys.platform == "linux":
@@ -66,8 +65,8 @@ def blame(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        hidden = error.__context__  # torch.save hides a full disk behind its own error
-        cause = hidden if isinstance(hidden, OSError) else error
+        # torch.save hides a full disk behind an error of its own.
+        cause = (isinstance(error, RuntimeError) and error.__context__) or error
         why = " ".join(str(cause).split())[:300] or type(cause).__name__
         raise AlasaError(f"{what}: {why}") from error
 
@@ -96,13 +95,10 @@ def seed_everything(seed: int) -> None:
     torch.backends.cudnn.allow_tf32 = False  # it would round pixels to 10 bits
 
 
-def read_csv(
-    path: str, columns: dict[str, str], root: str | None = None, labelled: bool = True
-) -> pd.DataFrame:
-    """Return as text the CSV's columns that {"id": "image", "target": "label"} renames.
-    Adds `path` (relative images start at `root`, by default the CSV's folder) and `place`,
-    to name a row by.  The label may be missing if not `labelled`.  AlasaError says what is
-    wrong, and in which line."""
+def read_csv(path: str, columns: dict, root=None, labelled=True) -> pd.DataFrame:
+    """Return as text the columns that {"image": "id", "label": "target"} names, and `path`:
+    relative images start at `root`, by default the CSV's folder.  The index is each row's
+    place, "train.csv line 2".  Only if `labelled` must there be a label."""
     utf8 = {"newline": "", "encoding": "utf-8-sig"}
     with blame(f"{path}: not a readable CSV"), open(path, **utf8) as file:
         reader = csv.reader(file, strict=True)  # pandas would pass rows of odd lengths
@@ -111,11 +107,11 @@ def read_csv(
     refuse([] if rows else [f"{path}: has no rows"])
     odd = [place for place, row in rows.items() if len(row) != len(header)]
     refuse(f"{place}: not {len(header)} cells" for place in odd)
-    frame = pd.DataFrame({"place": list(rows)}, dtype=object)
-    for column, name in columns.items():
+    frame = pd.DataFrame(index=list(rows))
+    for name, column in columns.items():
         if header.count(column) == 1:
             frame[name] = [row[header.index(column)] for row in rows.values()]
-            empty = frame["place"][frame[name].str.strip() == ""]
+            empty = frame.index[frame[name].str.strip() == ""]
             refuse(f"{place}: the {name} is empty" for place in empty)
         elif labelled or name == "image":
             what = f"{path}: needs one column {column!r}, has {header}"
@@ -132,24 +128,32 @@ def check_splits(train: pd.DataFrame, valid: pd.DataFrame) -> list[str]:
     numbers = all(label.removeprefix("-").isdecimal() for label in labels)
     classes = sorted(labels, key=lambda label: (int(label) if numbers else 0, label))
     refuse([] if len(labels) > 1 else [f"training has one class only: {classes}"])
-    rows = valid[~valid["label"].isin(labels)].itertuples()
-    refuse(f"{row.place}: no training label is {row.label!r}" for row in rows)
+    rows = valid["label"][~valid["label"].isin(labels)].items()
+    refuse(f"{place}: no training label is {label!r}" for place, label in rows)
     absent = sorted(labels - set(valid["label"]))
     refuse(f"no validation label is {x!r}: its AUC would be undefined" for x in absent)
-    seen = set()
-    for frame in (train, valid):
-        files = [os.stat(f) if os.path.isfile(f) else None for f in frame["path"]]
-        rows = frame[[not (file and file.st_size) for file in files]].itertuples()
-        refuse(f"{row.place}: {row.path} is missing or empty" for row in rows)
-        # Device and inode are the same however a file is spelled or linked.
-        ids = [(file.st_dev, file.st_ino) for file in files]
-        rows = frame[[i in seen for i in ids]].itertuples()
-        refuse(f"{row.place}: {row.path} is a training image too" for row in rows)
-        seen = set(ids)
+    paths = pd.concat([train["path"], valid["path"]])
+    files = [os.stat(path) if os.path.isfile(path) else None for path in paths]
+    rows = paths[[not (file and file.st_size) for file in files]].items()
+    refuse(f"{place}: {path} is missing or empty" for place, path in rows)
+    # Device and inode are the same however a file is spelled or linked.
+    ids = [(file.st_dev, file.st_ino) for file in files]
+    seen, ids = set(ids[: len(train)]), ids[len(train) :]
+    rows = valid["path"][[i in seen for i in ids]].items()
+    refuse(f"{place}: {path} is a training image too" for place, path in rows)
     names = [set(map(os.path.basename, frame["path"])) for frame in (train, valid)]
     if both := len(names[0] & names[1]):
         print(f"warning: {both} file names are in both splits: the same scenes?")
     return classes
+
+
+def describe(train: list[int], valid: list[int], classes: list[str]) -> None:
+    """Print how many images each class has in each split, and what chance would score."""
+    counts = np.array([np.bincount(train), np.bincount(valid)])
+    print(pd.DataFrame(counts.T, classes, ["train", "valid"]).to_string())
+    p, q = counts / counts.sum(1, keepdims=True)
+    loss = -(q * np.log(p)).sum()
+    print(f"chance: loss {loss:.4f}, accuracy {q.max():.4f}, auc 0.5, wauc 0.5857")
 
 
 def read_image(path: str) -> Image.Image:
@@ -192,17 +196,15 @@ def make_transform(split: str, size: int = 0, augment: str = "d4") -> v2.Compose
 
 class AlasaDataset(Dataset):
     """The images that a frame lists: (image, label), or only the image if split is "test".
-    The frame has the columns `image`, maybe `path` and `place`, and class indices `label`.
-    `transform` takes an RGB PIL image and returns [3, H, W]: uint8, or floats of any scale.
-    dataset[epoch, rows] is a batch whose randomness depends on (seed, epoch, row) alone."""
+    The frame has the columns `image`, maybe `path`, and class indices `label`; its index is
+    what an error calls a row.  `transform` takes an RGB PIL image and returns [3, H, W]:
+    uint8, or floats of any scale.  dataset[epoch, rows] is what `read_batch` returns."""
 
     def __init__(self, frame: pd.DataFrame, split: str, transform=None, seed: int = 0):
-        self.split, self.transform = split, transform or make_transform(split)
-        self.images = frame["image"].tolist()
+        self.split, self.seed, self.places = split, seed, frame.index.tolist()
+        self.transform = transform or make_transform(split)
         self.paths = frame.get("path", frame["image"]).tolist()
-        self.places = frame.get("place", frame["image"]).tolist()
         self.labels = [-1] * len(frame) if split == "test" else frame["label"].tolist()
-        self.seed = seed
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -210,30 +212,32 @@ class AlasaDataset(Dataset):
     def __getitem__(self, key: int | tuple[int, list[int]]) -> tuple | Tensor:
         if isinstance(key, tuple):
             return self.read_batch(*key)
-        image = self.transform(read_image(self.paths[key]))
+        with blame(self.places[key]):
+            image = read_image(self.paths[key])
+        image = self.transform(image)
         return image if self.split == "test" else (image, self.labels[key])
 
     def read_batch(self, epoch: int, rows: list[int]) -> tuple:
-        """Return rows that were read, images [B, 3, H, W], {other row: error}, a seed."""
+        """Return {row that was read: path}, images [B, 3, H, W], {other row: error}, a seed
+        for the step.  What is random depends on (seed, epoch, row) alone."""
         images, errors = {}, {}
         for row in rows:
-            seed = derive_seed("image", self.seed, epoch, row)
-            torch.default_generator.manual_seed(seed)
+            torch.manual_seed(derive_seed("image", self.seed, epoch, row))
             try:
-                images[row] = self.transform(read_image(self.paths[row]))
+                images[row] = self[row] if self.split == "test" else self[row][0]
             except AlasaError as error:
-                errors[row] = f"{self.places[row]}: {error}"
+                errors[row] = str(error)
         sizes = {image.shape[:0:-1]: self.paths[row] for row, image in images.items()}
         if len(sizes) > 1:
             named = [f"{path} is {w}x{h}" for (w, h), path in sizes.items()][:2]
             mixed = f"a batch needs one size: {', '.join(named)}; give --image-size"
             images, errors = {}, errors | dict.fromkeys(images, mixed)
-        # Channels last, as decoded and as convolutions like it; in a worker default_collate
-        # stacks straight into shared memory.
+        # Channels last, as decoded and as convolutions like it.  A worker's default_collate
+        # stacks into shared memory, where torch.stack would leave that to a silent thread.
         pixels = [image.permute(1, 2, 0) for image in images.values()]
         stacked = default_collate(pixels or [torch.empty(0, 0, 3)]).permute(0, 3, 1, 2)
-        seed = derive_seed("step", self.seed, epoch, rows)
-        return list(images), stacked, errors, seed
+        paths = {row: self.paths[row] for row in images}
+        return paths, stacked, errors, derive_seed("step", self.seed, epoch, rows)
 
     def plan(self, epoch: int, batch_size: int, balance=False) -> list[list[int]]:
         """Return this process's rows by the batch: its share of each batch of an epoch's new
@@ -261,43 +265,37 @@ def leave_to_main(worker: int) -> None:
     sys.excepthook = lambda *_: None
 
 
-def read_ahead(
-    data: AlasaDataset, epochs: Iterable[int], device, workers: int, *how
-) -> Iterator[Iterator[tuple]]:
-    """Yield a pass over data.plan(*how) for each epoch.  Its batches are: {row: path}, images
-    [B, 3, H, W] on the device, labels [B], {row that could not be read: error}.  Workers
-    start at once, and read on while other things happen."""
+def read_ahead(data: AlasaDataset, epochs: Iterable[int], device, workers: int, *how):
+    """Yield, for each epoch, a pass over data.plan(epoch, *how): batches of {row: path},
+    images [B, 3, H, W] on the device, labels [B], {row that could not be read: error}.
+    Workers start at once, and read on while other things happen."""
+    plan = ((epoch, rows) for epoch in epochs for rows in data.plan(epoch, *how))
     loader = DataLoader(
         data,
         batch_size=None,
-        sampler=((epoch, rows) for epoch in epochs for rows in data.plan(epoch, *how)),
+        sampler=plan,
         num_workers=workers,
         worker_init_fn=leave_to_main,
         pin_memory=device.type == "cuda",
         generator=torch.Generator(),  # else it draws a seed from the global one
     )
-
-    def finish(batch: tuple) -> tuple:
-        """Take a worker's batch to the device, and seed the step that it is for."""
-        rows, images, errors, seed = batch
-        torch.manual_seed(seed)  # for dropout
-        labels = torch.tensor([data.labels[row] for row in rows], device=device)
-        rows = {row: data.paths[row] for row in rows}
-        return rows, normalise(images.to(device, non_blocking=True)), labels, errors
-
     with blame("the workers cannot start, try --workers 0"):
-        batches = map(finish, iter(loader))
-    return (take(batches, len(data.plan(epoch, *how)), data.split) for epoch in epochs)
+        batches = iter(loader)
 
+    def one_pass(count: int) -> Iterator[tuple]:
+        """Yield the next `count` batches, with a progress line if a terminal watches."""
+        for step in range(1, count + 1):
+            if STOP.is_set():  # a library has swallowed the exception
+                raise KeyboardInterrupt
+            if sys.stderr.isatty() and RANK == 0:
+                progress = f"{data.split} {step}/{count}\033[K"
+                print(progress, end="\r", file=sys.stderr, flush=True)
+            rows, images, errors, seed = next(batches)
+            torch.manual_seed(seed)  # for dropout
+            labels = torch.tensor([data.labels[row] for row in rows], device=device)
+            yield rows, normalise(images.to(device, non_blocking=True)), labels, errors
 
-def take(batches: Iterator[tuple], count: int, what: str) -> Iterator[tuple]:
-    """Yield the next `count` batches, with a progress line while a terminal watches."""
-    for step in range(1, count + 1):
-        if STOP.is_set():  # a library has swallowed the exception
-            raise KeyboardInterrupt
-        if sys.stderr.isatty() and RANK == 0:
-            print(f"{what} {step}/{count}\033[K", end="\r", file=sys.stderr, flush=True)
-        yield next(batches)
+    return (one_pass(len(data.plan(epoch, *how))) for epoch in epochs)
 
 
 def normalise(images: Tensor) -> Tensor:
@@ -316,8 +314,8 @@ class Float32Conv2d(nn.Conv2d):
         """Return float32's features [B, C, H, W], cast to autocast's type."""
         kind = images.device.type
         with torch.autocast(kind, enabled=False):
-            features = super().forward(images.float())
-        if torch.is_autocast_enabled(kind):  # half the memory for the layers behind
+            features = super().forward(images)
+        if torch.is_autocast_enabled(kind):  # a quarter of the memory, 3 % of the time
             features = features.to(torch.get_autocast_dtype(kind))
         return features
 
@@ -343,10 +341,9 @@ def build_model(
         stem.stride = (1, 1)
         second.stride = 1 if isinstance(second, nn.MaxPool2d) else second.stride
     if weights != "none":
-        state = load_pretrained(arch, weights)
         new = {f"{name}.{key}": tensor for key, tensor in head.state_dict().items()}
         with blame(f"--weights {weights}"):
-            model.load_state_dict(state | new)
+            model.load_state_dict(load_pretrained(arch, weights) | new)
     model.requires_grad_(not freeze)
     head.requires_grad_(True)
     stem.__class__ = Float32Conv2d
@@ -360,16 +357,9 @@ def load_pretrained(arch: str, weights: str) -> dict[str, Tensor]:
         cache = f"{torch.hub.get_dir()}/checkpoints, or give --weights FILE or none"
         with blame(f"cannot load {names[weights].url}; put it into {cache}"):
             return torchvision.models.get_model(arch, weights=weights).state_dict()
-    with blame(f"--weights {weights}: not a file of weights nor of {list(names)}"):
+    with blame(f"not a file of weights nor of {list(names)}"):
         state = torch.load(weights, map_location="cpu", weights_only=True)
         return state.get("model", state)
-
-
-@torch.inference_mode()
-def check_size(model: nn.Module, arch: str, image: Tensor) -> None:
-    """Raise AlasaError if the model cannot take images like this one, [3, H, W]."""
-    with blame(f"{arch} cannot take {image.shape[2]}x{image.shape[1]} images"):
-        model.eval()(normalise(image[None]))
 
 
 def exchange(value: object) -> list:
@@ -381,7 +371,7 @@ def exchange(value: object) -> list:
 
 
 def train_one_epoch(
-    model: nn.Module, batches: Iterable[tuple], criterion, optimizer, amp, scaler, epoch
+    model: nn.Module, batches: Iterable[tuple], criterion, optimizer, scaler, amp, epoch
 ) -> dict[str, float]:
     """Train on every batch once; return the mean loss and the accuracy over the images."""
     # A frozen backbone keeps its pretrained statistics, so it stays in eval mode.
@@ -406,11 +396,13 @@ def train_one_epoch(
 
 
 @torch.inference_mode()
-def infer(model: nn.Module, batches: Iterable[tuple], amp, views: int = 1) -> dict:
-    """Return each row's logits, float32 [classes], or the error that it could not be read
-    for.  Every process reads its share and gets the whole.  The logits are the mean over
-    the first `views` views of an image: test-time augmentation."""
+def infer(model: nn.Module, batches: Iterable[tuple], amp, views: int = 1) -> list:
+    """Return by row its logits, float32 [classes], or the error that it could not be read
+    for, once each process has read its share.  The logits are the mean over the first
+    `views` views of an image: test-time augmentation."""
     model.eval()
+    for buffer in model.buffers() if WORLD > 1 else ():
+        dist.broadcast(buffer, 0)  # batch statistics differ by process
     results = {}
     for rows, images, _, errors in batches:
         results |= errors
@@ -418,14 +410,15 @@ def infer(model: nn.Module, batches: Iterable[tuple], amp, views: int = 1) -> di
             with amp:
                 logits = [model(d4_view(images, view)).float() for view in range(views)]
             results |= zip(rows, torch.stack(logits).mean(0).cpu().numpy())
-    return {row: result for part in exchange(results) for row, result in part.items()}
+    found = {row: result for part in exchange(results) for row, result in part.items()}
+    return [found[row] for row in range(len(found))]
 
 
 def evaluate(model, batches, labels: list[int], criterion, amp) -> dict[str, float]:
     """Return the loss and the `score` of a labelled split, over all processes."""
     results = infer(model, batches, amp)
-    refuse(result for result in results.values() if isinstance(result, str))
-    logits = torch.from_numpy(np.stack([results[row] for row in range(len(labels))]))
+    refuse(result for result in results if isinstance(result, str))
+    logits = torch.from_numpy(np.stack(results))
     loss = criterion(logits, torch.tensor(labels)).item()
     scores = score(labels, logits.double().softmax(1).numpy())
     return {"valid_loss": loss, "valid_accuracy": scores.pop("accuracy")} | scores
@@ -461,6 +454,12 @@ def weighted_auc(y_true: np.ndarray, y_score: np.ndarray, twice: float = 0.4) ->
     return float(np.trapezoid(tpr + np.minimum(tpr, twice), fpr)) / (1 + twice)
 
 
+def best_epoch(history: list[dict[str, float]], monitor: str) -> int:
+    """Return the index of the first highest finite score, or -1 if there is none."""
+    finite = [i for i, row in enumerate(history) if math.isfinite(row[monitor])]
+    return max(finite, key=lambda i: history[i][monitor], default=-1)
+
+
 def write_file(path: str, write: Callable[[object], object]) -> None:
     """Let write(file) replace a file whole or not at all, be the disk full or power lost."""
     part = f"{path}.part"
@@ -488,9 +487,37 @@ def load_checkpoint(path: str) -> dict:
         return checkpoint
 
 
-def write_history(out: str, history: list[dict[str, float]]) -> None:
-    """Write log.csv, a row an epoch, and losses.png: the losses beside the scores."""
-    log = pd.DataFrame(history)
+def open_run(settings: dict) -> dict:
+    """Return the checkpoint to resume, or that of a new run, which has no model yet."""
+    out = settings["out"]
+    if settings["resume"]:
+        load_checkpoint(f"{out}/best.pt")  # or the best epoch would be lost silently
+        run = load_checkpoint(f"{out}/last.pt")
+        then = {key: run["settings"].get(key) for key in settings.keys() - FREE}
+        changed = sorted(key for key in then if then[key] != settings[key])
+        what = "--resume: {} was {!r}, now it is {!r}"
+        refuse(what.format(key, then[key], settings[key]) for key in changed)
+        if run["versions"] != VERSIONS:
+            print(f"warning: begun with {run['versions']}: the bits may differ")
+        return run | {"settings": settings, "versions": VERSIONS}
+    found = [name for name in RUN_FILES if os.path.exists(f"{out}/{name}")]
+    if found and not settings["overwrite"]:
+        what = f"{out} holds a run ({', '.join(found)})"
+        raise AlasaError(f"{what}: --resume, --overwrite, or choose another --out")
+    return {"settings": settings, "history": [], "versions": VERSIONS}
+
+
+def save_epoch(run: dict, parts: dict) -> None:
+    """Write the files of the run; last.pt at the end, as what a resumed run does not find
+    there it does again."""
+    out, log = run["settings"]["out"], pd.DataFrame(run["history"])
+    states = {name: part.state_dict() for name, part in parts.items()}
+    for name in RUN_FILES if len(log) == 1 else ():
+        with contextlib.suppress(OSError):
+            os.remove(f"{out}/{name}")  # of the run that this one overwrites
+    if best_epoch(run["history"], run["settings"]["monitor"]) == len(log) - 1:
+        best = run | {"model": states["model"]}
+        write_file(f"{out}/best.pt", partial(torch.save, best))
     text = log.to_csv(index=False, float_format="%.6g").encode()
     write_file(f"{out}/log.csv", lambda file: file.write(text))
     try:
@@ -506,6 +533,7 @@ def write_history(out: str, history: list[dict[str, float]]) -> None:
             write_file(f"{out}/losses.png", lambda file: figure.savefig(file, dpi=120))
     except AlasaError as error:  # the run is whole without it
         print(f"warning: {error}")
+    write_file(f"{out}/last.pt", partial(torch.save, run | states))
 
 
 def start(name: str, precision: str) -> tuple[torch.device, str, torch.autocast]:
@@ -513,8 +541,8 @@ def start(name: str, precision: str) -> tuple[torch.device, str, torch.autocast]
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     with blame(f"--device {name}"):
-        if name == "cuda" and WORLD > 1:
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        if name == "cuda":
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         device = torch.empty(0, device=name).device
     if WORLD > 1 and not dist.is_initialized():
         dist.init_process_group()
@@ -528,146 +556,91 @@ def start(name: str, precision: str) -> tuple[torch.device, str, torch.autocast]
     return device, precision, torch.autocast(device.type, DTYPES[precision], enabled=on)
 
 
-def best_epoch(history: list[dict[str, float]], monitor: str) -> int:
-    """Return the index of the first highest finite score, or -1 if there is none."""
-    finite = [i for i, row in enumerate(history) if math.isfinite(row[monitor])]
-    return max(finite, key=lambda i: history[i][monitor], default=-1)
-
-
-def open_run(settings: dict, out: str, resume: bool, overwrite: bool) -> dict:
-    """Return the checkpoint to resume, or {} for a new run that may write to `out`."""
-    found = [name for name in RUN_FILES if os.path.exists(f"{out}/{name}")]
-    if found and not resume and not overwrite:
-        what = f"{out} holds a run ({', '.join(found)})"
-        raise AlasaError(f"{what}: --resume, --overwrite, or choose another --out")
-    if not resume:
-        return {}
-    load_checkpoint(f"{out}/best.pt")  # or the best epoch would be lost silently
-    previous = load_checkpoint(f"{out}/last.pt")
-    then = {key: previous["settings"].get(key) for key in settings.keys() - FREE}
-    changed = sorted(key for key in then if then[key] != settings[key])
-    refuse(f"--resume: {k} was {then[k]!r}, now it is {settings[k]!r}" for k in changed)
-    if previous["versions"] != VERSIONS:
-        print(f"warning: begun with {previous['versions']}: the bits may differ")
-    return previous
-
-
-def save_epoch(out: str, parts: dict, settings: dict, history: list[dict]) -> None:
-    """Write best.pt, then last.pt: what a resumed run does not find there it does again."""
-    states = {name: part.state_dict() for name, part in parts.items()}
-    best = {"settings": settings, "history": history, "versions": VERSIONS}
-    best["model"] = states["model"]
-    for name in RUN_FILES if len(history) == 1 else ():
-        with contextlib.suppress(OSError):
-            os.remove(f"{out}/{name}")  # of the run that this one overwrites
-    if best_epoch(history, settings["monitor"]) == len(history) - 1:
-        write_file(f"{out}/best.pt", partial(torch.save, best))
-    write_file(f"{out}/last.pt", partial(torch.save, best | states))
-
-
-def load_splits(s: Namespace) -> tuple[list[AlasaDataset], list[str]]:
-    """Return the images to train on and those to validate on, and the classes."""
-    how = {s.image_column: "image", s.label_column: "label"}, s.image_root
-    frames = [read_csv(path, *how) for path in (s.train_csv, s.valid_csv)]
-    classes, datasets = check_splits(*frames), []
-    for split, frame in zip(("train", "valid"), frames):
-        frame["label"] = frame["label"].map(classes.index)
-        transform = make_transform(split, s.image_size, s.augment)
-        datasets.append(AlasaDataset(frame, split, transform, s.seed))
-    return datasets, classes
-
-
-def describe(s: Namespace, device, datasets: list[AlasaDataset], classes) -> None:
-    """Print what is about to run, how many images each class has, what chance scores."""
-    print(f"{s.arch} on {WORLD} x {device}, {s.precision}, {s.workers} workers")
-    counts = {data.split: np.bincount(data.labels) for data in datasets}
-    print(pd.DataFrame(counts, index=classes).to_string())
-    p, q = (count / count.sum() for count in counts.values())
-    loss = -(q * np.log(p)).sum()
-    print(f"chance: loss {loss:.4f}, accuracy {q.max():.4f}, auc 0.5, wauc 0.5857")
-    used = WORLD * sum(map(len, datasets[0].plan(1, s.batch_size)))
-    refuse([] if used else ["too few images, or too small a --batch-size, to train on"])
-    if left := len(datasets[0]) - used:
-        print(f"left out of each epoch, as too few for a batch: {left} of the images")
-
-
-def build_parts(s: Namespace, classes: int, device, previous: dict) -> dict:
+def build_parts(s: Namespace, classes: int, device) -> dict:
     """Return all that has a state: model, optimizer, scheduler and gradient scaler."""
     seed_everything(s.seed)
-    weights = "none" if previous else s.weights
+    weights = "none" if s.resume else s.weights
     model = build_model(s.arch, classes, weights, s.freeze, s.full_res_stem).to(device)
     trained = [p for p in model.parameters() if p.requires_grad]
     rates = {"lr": s.lr, "weight_decay": s.weight_decay, "fused": True}
     optimizer = OPTIMIZERS[s.optimizer](trained, **rates)
-    parts = {"model": model, "optimizer": optimizer}
-    parts["scheduler"] = ReduceLROnPlateau(optimizer, "max", factor=0.5, patience=2)
-    parts["scaler"] = torch.amp.GradScaler(device.type, enabled=s.precision == "fp16")
-    for name in parts if previous else ():
-        parts[name].load_state_dict(previous[name])
-    return parts
+    scheduler = ReduceLROnPlateau(optimizer, "max", factor=0.5, patience=2)
+    scaler = torch.amp.GradScaler(device.type, enabled=s.precision == "fp16")
+    names = ("model", "optimizer", "scheduler", "scaler")
+    return dict(zip(names, (model, optimizer, scheduler, scaler)))
 
 
-def fit(s: Namespace, criterion: nn.Module | None = None) -> list[dict[str, float]]:
-    """Train as the flags of train.py say, keep RUN_FILES in s.out; return the history.
+def fit(settings: dict, criterion: nn.Module | None = None) -> list[dict[str, float]]:
+    """Train as the flags of train.py say, keep RUN_FILES in `out`; return the history.
     criterion(logits [B, classes], labels [B]) is a mean loss, by default cross entropy."""
+    s = Namespace(**settings)
     device, s.precision, amp = start(s.device, s.precision)
-    datasets, classes = load_splits(s)
-    rows = [(data.images, data.labels) for data in datasets]
-    settings = vars(s) | {"classes": classes, "rows": derive_seed(rows)}
-    previous = open_run(settings, s.out, s.resume, s.overwrite)
-    history = previous.get("history", [])
-    for data in datasets if s.check_images else ():
-        batches = next(read_ahead(data, [0], device, s.workers, s.batch_size))
+    columns = {"image": s.image_column, "label": s.label_column}
+    paths = s.train_csv, s.valid_csv
+    frames = [read_csv(path, columns, s.image_root) for path in paths]
+    classes, data = check_splits(*frames), []
+    rows = derive_seed([frame[[*columns]].to_numpy().tolist() for frame in frames])
+    run = open_run(vars(s) | {"classes": classes, "rows": rows})
+    for split, frame in zip(("train", "valid"), frames):
+        frame["label"] = frame["label"].map(classes.index)
+        transform = make_transform(split, s.image_size, s.augment)
+        data.append(AlasaDataset(frame, split, transform, s.seed))
+    for split in data if s.check_images else ():
+        batches = next(read_ahead(split, [0], device, s.workers, s.batch_size))
         refuse((e for *_, errors in batches for e in errors.values()), sys.maxsize)
-    epochs, how = range(len(history) + 1, s.epochs + 1), (s.batch_size, s.balance)
-    passes = [read_ahead(data, epochs, device, s.workers, *how) for data in datasets]
-    parts = build_parts(s, len(classes), device, previous)
-    check_size(parts["model"], s.arch, datasets[1][0][0].to(device))
-    describe(s, device, datasets, classes)
-    try:
-        os.makedirs(s.out, exist_ok=True)
-        if history and RANK == 0:
-            write_history(s.out, history)  # if a kill came between last.pt and it
-        for row in run_epochs(s, parts, datasets, passes, criterion, amp, history):
-            if RANK == 0:
-                save_epoch(s.out, parts, settings, [*history, row])
-            history.append(row)
-            if RANK == 0:
-                write_history(s.out, history)
-            print(", ".join(f"{name} {value:.6g}" for name, value in row.items()))
-        print(f"best: epoch {best_epoch(history, s.monitor) + 1}, in {s.out}/best.pt")
-    except KeyboardInterrupt:
-        print(f"interrupted; {s.out} holds {len(history)} epochs", end=". ")
-        print(f"To go on: python {shlex.join(sys.argv)} --resume" if history else "")
-        raise
-    finally:
-        with contextlib.suppress(OSError):
-            os.rmdir(s.out)  # nothing was written
-    return history
+    how = device, s.workers, s.batch_size, s.balance
+    epochs = range(len(run["history"]) + 1, s.epochs + 1)
+    passes = [read_ahead(split, epochs, *how) for split in data]
+    parts = build_parts(s, len(classes), device)
+    for name in parts if s.resume else ():
+        parts[name].load_state_dict(run.pop(name))
+    print(f"{s.arch} on {WORLD} x {device}, {s.precision}, {s.workers} workers")
+    describe(data[0].labels, data[1].labels, classes)
+    used = WORLD * sum(map(len, data[0].plan(1, s.batch_size)))
+    refuse([] if used else ["too few images, or too small a --batch-size, to train on"])
+    if left := len(data[0]) - used:
+        print(f"left out of each epoch, as too few for a batch: {left} of the images")
+    image = normalise(data[1][0][0][None].to(device))
+    with blame(f"{s.arch} cannot take such images"), torch.inference_mode():
+        parts["model"].eval()(image)
+    criterion = criterion or nn.CrossEntropyLoss(label_smoothing=s.label_smoothing)
+    run_epochs(run, parts, data, passes, criterion, amp)
+    return run["history"]
 
 
-def run_epochs(s, parts, datasets, passes, criterion, amp, history) -> Iterator[dict]:
-    """Train, evaluate and step; yield each epoch's row, until they or the patience end."""
+def run_epochs(run: dict, parts: dict, data, passes, criterion, amp) -> None:
+    """Train, evaluate, step and save, until the epochs or the patience end."""
+    s, history = Namespace(**run["settings"]), run["history"]
     model, optimizer, scheduler, scaler = parts.values()
     net = torch.compile(model) if s.compile else model
     net = nn.parallel.DistributedDataParallel(net) if WORLD > 1 else net
-    criterion = criterion or nn.CrossEntropyLoss(label_smoothing=s.label_smoothing)
-    while len(history) < s.epochs:
-        stale = len(history) - 1 - best_epoch(history, s.monitor)
-        if stale >= s.early_stop > 0:
-            print(f"no better {s.monitor} in {stale} epochs: stopped early")
-            break
-        began, (train, valid) = time.perf_counter(), map(next, passes)
-        row = {"epoch": len(history) + 1, "lr": optimizer.param_groups[0]["lr"]}
-        tools = (criterion, optimizer, amp, scaler, row["epoch"])
-        row |= train_one_epoch(net, train, *tools)
-        for buffer in model.buffers() if WORLD > 1 else ():
-            dist.broadcast(buffer, 0)  # batch statistics differ by process
-        scores = evaluate(model, valid, datasets[1].labels, criterion, amp)
-        row |= exchange(scores)[0] | {"seconds": time.perf_counter() - began}
-        row["images_per_second"] = sum(map(len, datasets)) / row["seconds"]
-        scheduler.step(row[s.monitor])
-        yield row
+    tools = criterion, optimizer, scaler, amp
+    try:
+        os.makedirs(s.out, exist_ok=True)
+        for train, valid in zip(*passes):
+            stale = len(history) - 1 - best_epoch(history, s.monitor)
+            if stale >= s.early_stop > 0:
+                print(f"no better {s.monitor} in {stale} epochs: stopped early")
+                break
+            row, began = {"epoch": len(history) + 1}, time.perf_counter()
+            row["lr"] = optimizer.param_groups[0]["lr"]
+            row |= train_one_epoch(net, train, *tools, row["epoch"])
+            row |= exchange(evaluate(model, valid, data[1].labels, criterion, amp))[0]
+            row["seconds"] = time.perf_counter() - began
+            row["images_per_second"] = sum(map(len, data)) / row["seconds"]
+            scheduler.step(row[s.monitor])
+            if RANK == 0:
+                save_epoch(run | {"history": [*history, row]}, parts)
+            history.append(row)
+            print(", ".join(f"{name} {value:.6g}" for name, value in row.items()))
+        print(f"best: epoch {best_epoch(history, s.monitor) + 1}, in {s.out}/best.pt")
+    except KeyboardInterrupt:
+        print(f"interrupted; {s.out} holds {len(history)} epochs, --resume goes on")
+        raise
+    finally:
+        if RANK == 0:  # another may be done before rank 0 has written anything
+            with contextlib.suppress(OSError):
+                os.rmdir(s.out)  # nothing was written
 
 
 def predict(
@@ -678,37 +651,33 @@ def predict(
     takes the mean of the logits over the views that training drew from."""
     s = Namespace(**checkpoint["settings"])
     device, _, amp = start(device, s.precision)
-    dataset = AlasaDataset(frame, "test", make_transform("test", s.image_size))
-    batches = read_ahead(dataset, [0], device, workers, batch or s.batch_size)
+    data = AlasaDataset(frame, "test", make_transform("test", s.image_size))
+    batches = next(read_ahead(data, [0], device, workers, batch or s.batch_size))
     seed_everything(s.seed)
     model = build_model(s.arch, len(s.classes), "none", False, s.full_res_stem)
     model.load_state_dict(checkpoint["model"])
-    views = VIEWS[s.augment] if tta else 1
-    results = infer(model.to(device), next(batches), amp, views)
-    logits = np.full((len(frame), len(s.classes)), math.nan, np.float32)
-    for row, result in results.items():
-        logits[row] = math.nan if isinstance(result, str) else result
-    p = torch.from_numpy(logits).double().softmax(1).numpy()
+    results = infer(model.to(device), batches, amp, VIEWS[s.augment] if tta else 1)
+    nothing = np.full(len(s.classes), math.nan)
+    logits = [nothing if isinstance(result, str) else result for result in results]
+    p = torch.from_numpy(np.stack(logits)).double().softmax(1).numpy()
     good = np.isfinite(p).all(1)
     table = pd.DataFrame({"image": frame["image"].tolist()})
     table["label"] = np.where(good, np.array(s.classes)[p.argmax(1)], "")
     table["score"] = p[:, 1:].sum(1)
     table[[f"p_{name}" for name in s.classes]] = p
     if not good.all():
-        table["error"] = [
-            "" if ok else str(results[row]) for row, ok in enumerate(good)
-        ]
+        table["error"] = np.where(good, "", [str(result) for result in results])
     return table
-
-
-def interrupt(*_: object) -> None:
-    """Stop training, at the latest at its next batch."""
-    STOP.set()
-    raise KeyboardInterrupt
 
 
 def run_script(main: Callable[[], int | None]) -> None:
     """Run main() and leave with its exit code; 2 and one line for a fault, 130 for Ctrl-C."""
+
+    def interrupt(*_: object) -> None:
+        """Stop training, at the latest at its next batch."""
+        STOP.set()
+        raise KeyboardInterrupt
+
     signal.signal(signal.SIGINT, interrupt)
     signal.signal(signal.SIGTERM, interrupt)
     sys.stdout.reconfigure(line_buffering=True)
@@ -717,14 +686,14 @@ def run_script(main: Callable[[], int | None]) -> None:
     except KeyboardInterrupt:
         code = 130
     except (AlasaError, OSError, EOFError, RuntimeError) as error:
-        lost = "DataLoader worker" in str(error)  # killed, or out of shared memory
-        if isinstance(error, RuntimeError) and not lost:
-            raise
         lines = str(error).strip().split("\n")
-        line = lines[-1] if lost else "\\n".join(lines)  # less the worker's traceback
-        print(f"error: {line}" + "; try --workers 0" * lost, file=sys.stderr)
+        if "DataLoader worker" in str(error):  # killed, or out of shared memory
+            lines = [lines[-1] + "; try --workers 0"]  # less the worker's traceback
+        elif isinstance(error, RuntimeError):
+            raise
+        print("error:", *lines, file=sys.stderr)
         code = 2
     for worker in multiprocessing.active_children():
-        worker.kill()  # it would notice in five seconds that this process has left
+        worker.kill()  # it ignores what Python would send it, and be waited for
     sys.stdout.flush()
     os._exit(code)  # all is written, and torch takes a second to tear itself down

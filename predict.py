@@ -1,17 +1,13 @@
-"""Predict with a checkpoint of train.py; without flags, the demo's test images.
+"""Predict with a checkpoint of train.py; without flags, the demo's test images."""
 
-python predict.py
-python predict.py --checkpoint runs/best.pt --test-csv test.csv --output predictions.csv
-python predict.py photo1.jpg photo2.jpg
-"""
-
-import argparse
 import os
+from argparse import ArgumentDefaultsHelpFormatter as Defaults
+from argparse import ArgumentParser, Namespace
 
-from train import WORKERS, Help
+from train import WORKERS
 
-usage = "python predict.py [flags] [images]"
-parser = argparse.ArgumentParser(None, usage, __doc__, formatter_class=Help)
+usage = "python predict.py [flags] [photo1.jpg photo2.jpg ...]"
+parser = ArgumentParser(None, usage, __doc__, formatter_class=Defaults)
 add = parser.add_argument_group("images").add_argument
 add("images", nargs="*", help="image files; none: those of --test-csv")
 add("--test-csv", help="None: test.csv beside the training CSV of the checkpoint")
@@ -27,29 +23,30 @@ add("--workers", type=int, default=WORKERS, help="processes that decode images")
 add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
 
 
-def main() -> int:
+def main(args: Namespace) -> int:
     """Write the predictions, and where labels exist their scores; 1 if an image failed."""
     checkpoint = alasa.load_checkpoint(args.checkpoint)
     s, frame = checkpoint["settings"], pd.DataFrame({"image": args.images})
     if not args.images:
-        columns = {args.image_column or s["image_column"]: "image"}
-        columns[args.label_column or s["label_column"]] = "label"
+        image = args.image_column or s["image_column"]
+        columns = {"image": image, "label": args.label_column or s["label_column"]}
         csv = args.test_csv or os.path.join(os.path.dirname(s["train_csv"]), "test.csv")
         frame = alasa.read_csv(csv, columns, args.image_root, labelled=False)
-    how = (args.device, args.workers, args.batch_size, args.tta)
+    how = args.device, args.workers, args.batch_size, args.tta
     table = alasa.predict(checkpoint, frame, *how)
     text = table.to_csv(index=False).encode()
     alasa.write_file(args.output, lambda file: file.write(text))
-    good = table["label"] != ""
+    good = (table["label"] != "").to_numpy()
     print(f"{len(table)} rows in {args.output}, {sum(~good)} of them with an error")
     if "label" in frame and good.any():
-        report(frame["label"][good], table[good], s["classes"])
+        picture = f"{os.path.splitext(args.output)[0]}.png"
+        report(frame["label"].to_numpy()[good], table[good], s["classes"], picture)
     if len(table) <= 20:
         print(table.to_string(index=False))
     return 0 if good.all() else 1
 
 
-def report(labels: "pd.Series", table: "pd.DataFrame", classes: list[str]) -> None:
+def report(labels, table: "pd.DataFrame", classes: list[str], picture: str) -> None:
     """Print the scores of labelled images; draw their confusion matrix and ROC curves."""
     import matplotlib
     from matplotlib.figure import Figure
@@ -59,7 +56,7 @@ def report(labels: "pd.Series", table: "pd.DataFrame", classes: list[str]) -> No
         print(f"not scored: the labels {unknown} are not among the classes {classes}")
         return
     p = table[[f"p_{name}" for name in classes]].to_numpy()
-    scores = alasa.score(labels.map(classes.index).tolist(), p)
+    scores = alasa.score([classes.index(label) for label in labels], p)
     print(", ".join(f"{name} {value:.6g}" for name, value in scores.items()))
     if absent := sorted(set(classes) - set(labels)):
         print(f"auc and wauc are undefined: no image is {absent}")
@@ -73,7 +70,6 @@ def report(labels: "pd.Series", table: "pd.DataFrame", classes: list[str]) -> No
     for k, name in enumerate(classes[:10]):
         if name not in absent and (k or len(classes) > 2):
             RocCurveDisplay.from_predictions(labels == name, p[:, k], name=name, ax=roc)
-    picture = f"{os.path.splitext(args.output)[0]}.png"
     alasa.write_file(picture, lambda file: figure.savefig(file, dpi=120))
     print(f"confusion matrix and ROC curves in {picture}")
 
@@ -87,4 +83,4 @@ if __name__ == "__main__":
 
     import alasa
 
-    alasa.run_script(main)
+    alasa.run_script(lambda: main(args))
