@@ -122,8 +122,7 @@ def read_csv(path: str, columns: dict, root=None, labelled=True) -> pd.DataFrame
 
 def check_splits(train: pd.DataFrame, valid: pd.DataFrame) -> list[str]:
     """Return the classes, integers in numerical order; the first is the negative one.
-    AlasaError if images are missing, or if the validation AUC would be undefined or a lie.
-    """
+    AlasaError if an image is missing, or if the AUC would be undefined or a lie."""
     labels = set(train["label"])
     numbers = all(label.removeprefix("-").isdecimal() for label in labels)
     classes = sorted(labels, key=lambda label: (int(label) if numbers else 0, label))
@@ -240,9 +239,9 @@ class AlasaDataset(Dataset):
         return paths, stacked, errors, derive_seed("step", self.seed, epoch, rows)
 
     def plan(self, epoch: int, batch_size: int, balance=False) -> list[list[int]]:
-        """Return this process's rows by the batch: its share of each batch of an epoch's new
-        order; in evaluation, and as epoch 0, every so many whole batches in order, as the
-        last bits of an image's logits depend on the size of its batch."""
+        """Return the batches that this process reads, as lists of rows.  In training, its
+        share of each batch of the epoch's own order.  In evaluation, and in epoch 0, every
+        WORLD-th batch whole, as the last bits of logits depend on the size of the batch."""
         if self.split != "train" or epoch == 0:
             batches = torch.arange(len(self)).split(batch_size)[RANK::WORLD]
             return [rows.tolist() for rows in batches]
@@ -383,8 +382,8 @@ def train_one_epoch(
             logits = model(images)
         loss = criterion(logits.float(), labels)
         if not math.isfinite(value := loss.item()):
-            images = list(rows.values())
-            raise AlasaError(f"epoch {epoch}: the loss became {value} on {images}")
+            where = f"epoch {epoch}, {', '.join(rows.values())}"
+            raise AlasaError(f"{where}: the loss became {value}")
         optimizer.zero_grad()
         scaler.scale(loss).backward()
         scaler.step(optimizer)
@@ -556,18 +555,15 @@ def start(name: str, precision: str) -> tuple[torch.device, str, torch.autocast]
     return device, precision, torch.autocast(device.type, DTYPES[precision], enabled=on)
 
 
-def build_parts(s: Namespace, classes: int, device) -> dict:
-    """Return all that has a state: model, optimizer, scheduler and gradient scaler."""
-    seed_everything(s.seed)
-    weights = "none" if s.resume else s.weights
-    model = build_model(s.arch, classes, weights, s.freeze, s.full_res_stem).to(device)
+def build_parts(model, optimizer: str, lr, weight_decay, device, fp16: bool) -> dict:
+    """Return all that has a state: the model, its optimizer, scheduler, gradient scaler."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    rates = {"lr": s.lr, "weight_decay": s.weight_decay, "fused": True}
-    optimizer = OPTIMIZERS[s.optimizer](trained, **rates)
-    scheduler = ReduceLROnPlateau(optimizer, "max", factor=0.5, patience=2)
-    scaler = torch.amp.GradScaler(device.type, enabled=s.precision == "fp16")
-    names = ("model", "optimizer", "scheduler", "scaler")
-    return dict(zip(names, (model, optimizer, scheduler, scaler)))
+    rates = {"lr": lr, "weight_decay": weight_decay, "fused": True}
+    parts = {"model": model, "optimizer": OPTIMIZERS[optimizer](trained, **rates)}
+    when = {"mode": "max", "factor": 0.5, "patience": 2}
+    parts["scheduler"] = ReduceLROnPlateau(parts["optimizer"], **when)
+    parts["scaler"] = torch.amp.GradScaler(device.type, enabled=fp16)
+    return parts
 
 
 def fit(settings: dict, criterion: nn.Module | None = None) -> list[dict[str, float]]:
@@ -591,7 +587,11 @@ def fit(settings: dict, criterion: nn.Module | None = None) -> list[dict[str, fl
     how = device, s.workers, s.batch_size, s.balance
     epochs = range(len(run["history"]) + 1, s.epochs + 1)
     passes = [read_ahead(split, epochs, *how) for split in data]
-    parts = build_parts(s, len(classes), device)
+    seed_everything(s.seed)
+    how = s.arch, len(classes), "none" if s.resume else s.weights, s.freeze
+    model = build_model(*how, s.full_res_stem).to(device)
+    how = s.optimizer, s.lr, s.weight_decay, device, s.precision == "fp16"
+    parts = build_parts(model, *how)
     for name in parts if s.resume else ():
         parts[name].load_state_dict(run.pop(name))
     print(f"{s.arch} on {WORLD} x {device}, {s.precision}, {s.workers} workers")
@@ -602,7 +602,7 @@ def fit(settings: dict, criterion: nn.Module | None = None) -> list[dict[str, fl
         print(f"left out of each epoch, as too few for a batch: {left} of the images")
     image = normalise(data[1][0][0][None].to(device))
     with blame(f"{s.arch} cannot take such images"), torch.inference_mode():
-        parts["model"].eval()(image)
+        model.eval()(image)
     criterion = criterion or nn.CrossEntropyLoss(label_smoothing=s.label_smoothing)
     run_epochs(run, parts, data, passes, criterion, amp)
     return run["history"]
