@@ -104,7 +104,8 @@ def read_csv(path: str, columns: dict, root=None, labelled=True) -> pd.DataFrame
         reader = csv.reader(file, strict=True)  # pandas would pass rows of odd lengths
         header = next(reader, [])
         rows = {f"{path} line {reader.line_num}": row for row in reader if row}
-    refuse([] if rows else [f"{path}: has no rows"])
+    if not rows:
+        raise AlasaError(f"{path}: has no rows")
     odd = [place for place, row in rows.items() if len(row) != len(header)]
     refuse(f"{place}: not {len(header)} cells" for place in odd)
     frame = pd.DataFrame(index=list(rows))
@@ -126,7 +127,8 @@ def check_splits(train: pd.DataFrame, valid: pd.DataFrame) -> list[str]:
     labels = set(train["label"])
     numbers = all(label.removeprefix("-").isdecimal() for label in labels)
     classes = sorted(labels, key=lambda label: (int(label) if numbers else 0, label))
-    refuse([] if len(labels) > 1 else [f"training has one class only: {classes}"])
+    if len(classes) == 1:
+        raise AlasaError(f"training has one class only: {classes[0]!r}")
     rows = valid["label"][~valid["label"].isin(labels)].items()
     refuse(f"{place}: no training label is {label!r}" for place, label in rows)
     absent = sorted(labels - set(valid["label"]))
@@ -555,14 +557,14 @@ def start(name: str, precision: str) -> tuple[torch.device, str, torch.autocast]
     return device, precision, torch.autocast(device.type, DTYPES[precision], enabled=on)
 
 
-def build_parts(model, optimizer: str, lr, weight_decay, device, fp16: bool) -> dict:
+def build_parts(model, optimizer: str, lr, weight_decay, fp16: bool) -> dict:
     """Return all that has a state: the model, its optimizer, scheduler, gradient scaler."""
     trained = [p for p in model.parameters() if p.requires_grad]
     rates = {"lr": lr, "weight_decay": weight_decay, "fused": True}
     parts = {"model": model, "optimizer": OPTIMIZERS[optimizer](trained, **rates)}
     when = {"mode": "max", "factor": 0.5, "patience": 2}
     parts["scheduler"] = ReduceLROnPlateau(parts["optimizer"], **when)
-    parts["scaler"] = torch.amp.GradScaler(device.type, enabled=fp16)
+    parts["scaler"] = torch.amp.GradScaler(trained[0].device.type, enabled=fp16)
     return parts
 
 
@@ -584,21 +586,21 @@ def fit(settings: dict, criterion: nn.Module | None = None) -> list[dict[str, fl
     for split in data if s.check_images else ():
         batches = next(read_ahead(split, [0], device, s.workers, s.batch_size))
         refuse((e for *_, errors in batches for e in errors.values()), sys.maxsize)
-    how = device, s.workers, s.batch_size, s.balance
     epochs = range(len(run["history"]) + 1, s.epochs + 1)
+    how = device, s.workers, s.batch_size, s.balance
     passes = [read_ahead(split, epochs, *how) for split in data]
     seed_everything(s.seed)
-    how = s.arch, len(classes), "none" if s.resume else s.weights, s.freeze
-    model = build_model(*how, s.full_res_stem).to(device)
-    how = s.optimizer, s.lr, s.weight_decay, device, s.precision == "fp16"
-    parts = build_parts(model, *how)
+    weights, fp16 = "none" if s.resume else s.weights, s.precision == "fp16"
+    model = build_model(s.arch, len(classes), weights, s.freeze, s.full_res_stem)
+    parts = build_parts(model.to(device), s.optimizer, s.lr, s.weight_decay, fp16)
     for name in parts if s.resume else ():
         parts[name].load_state_dict(run.pop(name))
     print(f"{s.arch} on {WORLD} x {device}, {s.precision}, {s.workers} workers")
     describe(data[0].labels, data[1].labels, classes)
-    used = WORLD * sum(map(len, data[0].plan(1, s.batch_size)))
-    refuse([] if used else ["too few images, or too small a --batch-size, to train on"])
-    if left := len(data[0]) - used:
+    left = len(data[0]) - WORLD * sum(map(len, data[0].plan(1, s.batch_size)))
+    if left == len(data[0]):
+        raise AlasaError("too few images, or too small a --batch-size, to train on")
+    if left:
         print(f"left out of each epoch, as too few for a batch: {left} of the images")
     image = normalise(data[1][0][0][None].to(device))
     with blame(f"{s.arch} cannot take such images"), torch.inference_mode():
@@ -614,7 +616,6 @@ def run_epochs(run: dict, parts: dict, data, passes, criterion, amp) -> None:
     model, optimizer, scheduler, scaler = parts.values()
     net = torch.compile(model) if s.compile else model
     net = nn.parallel.DistributedDataParallel(net) if WORLD > 1 else net
-    tools = criterion, optimizer, scaler, amp
     try:
         os.makedirs(s.out, exist_ok=True)
         for train, valid in zip(*passes):
@@ -622,9 +623,10 @@ def run_epochs(run: dict, parts: dict, data, passes, criterion, amp) -> None:
             if stale >= s.early_stop > 0:
                 print(f"no better {s.monitor} in {stale} epochs: stopped early")
                 break
-            row, began = {"epoch": len(history) + 1}, time.perf_counter()
-            row["lr"] = optimizer.param_groups[0]["lr"]
-            row |= train_one_epoch(net, train, *tools, row["epoch"])
+            epoch, began = len(history) + 1, time.perf_counter()
+            row = {"epoch": epoch, "lr": optimizer.param_groups[0]["lr"]}
+            row |= train_one_epoch(net, train, criterion, optimizer, scaler, amp, epoch)
+            # Every process goes by rank 0's scores: its own might round otherwise.
             row |= exchange(evaluate(model, valid, data[1].labels, criterion, amp))[0]
             row["seconds"] = time.perf_counter() - began
             row["images_per_second"] = sum(map(len, data)) / row["seconds"]
