@@ -574,20 +574,23 @@ def test_a_worse_epoch_leaves_best_and_patience_survives(
     assert re.search(begun, capsys.readouterr().out)
 
 
-class Breaks(nn.CrossEntropyLoss):
-    """The loss of the second epoch's second step is NaN."""
+class Acts(nn.CrossEntropyLoss):
+    """Acts at the second epoch's second step; the loss is what comes of it, if anything."""
 
-    calls = 0
+    def __init__(self, act):
+        super().__init__()
+        self.act, self.calls = act, 0
 
     def forward(self, logits, labels):
         self.calls += 1  # three steps and one evaluation an epoch
-        return super().forward(logits, labels) * (math.nan if self.calls == 6 else 1)
+        value = self.act() if self.calls == 6 else None
+        return value or super().forward(logits, labels)
 
 
 def test_a_bad_loss_stops_the_run_and_a_bad_plot_warns(data, run, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with refused("epoch 2, .*train [0-9]+.png.*: the loss became nan"):
-        fit(data, run, criterion=Breaks())
+        fit(data, run, criterion=Acts(lambda: torch.tensor(math.nan)))
     assert len(alasa.load_checkpoint(run / "last.pt")["history"]) == 1
     printed = capsys.readouterr().out
     assert "warning: losses.png" in printed and "too few for a batch: 1 of" in printed
@@ -662,15 +665,19 @@ def test_an_interrupted_run_says_what_was_saved_and_how_to_go_on(data, run, numb
 
 
 def test_an_interrupt_that_a_library_swallows_stops_at_the_next_batch(data, run):
-    class Swallows(nn.CrossEntropyLoss):
-        def forward(self, logits, labels):
-            alasa.STOP.set()
-            return super().forward(logits, labels)
-
     with pytest.raises(KeyboardInterrupt):
-        fit(data, run, criterion=Swallows())
+        fit(data, run, criterion=Acts(alasa.STOP.set))
     alasa.STOP.clear()
-    assert not run.exists()
+    assert len(alasa.load_checkpoint(run / "last.pt")["history"]) == 1
+
+
+def test_workers_leave_signals_to_the_main_process(data, run):
+    def act():
+        for worker in multiprocessing.active_children():
+            os.kill(worker.pid, signal.SIGINT)
+            os.kill(worker.pid, signal.SIGTERM)
+
+    assert len(fit(data, run, "--workers 1 --epochs 4", criterion=Acts(act))) == 4
 
 
 def test_a_lost_worker_or_exhausted_shared_memory_is_one_line(data, run):
