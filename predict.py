@@ -26,7 +26,8 @@ add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
 def main(args: Namespace) -> int:
     """Write the predictions, and where labels exist their scores; 1 if an image failed."""
     checkpoint = alasa.load_checkpoint(args.checkpoint)
-    s, frame = checkpoint["settings"], pd.DataFrame({"image": args.images})
+    s, places = checkpoint["settings"], range(1, len(args.images) + 1)
+    frame = pd.DataFrame({"image": args.images}, [f"image {n}" for n in places])
     if not args.images:
         image = args.image_column or s["image_column"]
         columns = {"image": image, "label": args.label_column or s["label_column"]}
