@@ -71,6 +71,7 @@ def report(labels, table: "pd.DataFrame", classes: list[str], picture: str) -> N
     for k, name in enumerate(classes[:10]):
         if name not in absent and (k or len(classes) > 2):
             RocCurveDisplay.from_predictions(labels == name, p[:, k], name=name, ax=roc)
+    roc.set(xlabel="false positive rate", ylabel="true positive rate")
     alasa.write_file(picture, lambda file: figure.savefig(file, dpi=120))
     print(f"confusion matrix and ROC curves in {picture}")
 

@@ -29,7 +29,7 @@ add = parser.add_argument_group("model").add_argument
 add("--arch", default="resnet18", help="any torchvision classifier")
 add("--weights", default="DEFAULT", help="torchvision's name, a file, or none")
 add("--freeze", action="store_true", help="train the new last layer only")
-add("--full-res-stem", action="store_true", help="stride 1 in the first layer")
+add("--full-res-stem", action="store_true", help="stride 1 in the first layers")
 add = parser.add_argument_group("training").add_argument
 add("--epochs", type=int, default=10, help="passes over the data, in all")
 add("--batch-size", type=int, default=32, help="over all processes")
