@@ -101,21 +101,39 @@ def same_weights(one: Path, other: Path) -> bool:
     return states[0].keys() == states[1].keys()
 
 
-def start(*command: object, cwd: Path = HERE, **kwargs) -> subprocess.Popen:
-    command = [sys.executable, *map(str, command)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, cwd=cwd, **pipes, **kwargs)
+def fork(main, *args: object) -> multiprocessing.Process:
+    """Start main(*args) in a process that need not import torch again."""
+
+    def lead() -> None:
+        os.setsid()  # a group of its own for signals
+        main(*args)
+
+    process = multiprocessing.get_context("fork").Process(target=lead)
+    process.start()
+    return process
 
 
-def script(*command: object, **kwargs) -> subprocess.CompletedProcess:
-    process = start(*command, **kwargs)
-    out, err = process.communicate(timeout=100)
-    return subprocess.CompletedProcess(command, process.returncode, out, err)
+@pytest.fixture
+def forked(capfd):
+    """Return what main(*args) exits with and prints, on stdout and on stderr."""
+
+    def result(main, *args: object) -> tuple[int, str, str]:
+        process = fork(main, *args)
+        process.join(60)
+        process.kill()
+        return process.exitcode, *capfd.readouterr()
+
+    return result
 
 
-def train_after(code: str, *flags: object) -> subprocess.CompletedProcess:
-    """Run code, then train.py with the flags, in a process of its own."""
-    return script("-c", f"{code}\ntrain.main(sys.argv[1:])", *flags)
+def predict_script(*flags: object) -> None:
+    sys.argv = ["predict.py", *map(str, flags)]
+    runpy.run_path(f"{HERE}/predict.py", run_name="__main__")
+
+
+def script(*command: object, cwd: Path = HERE) -> subprocess.CompletedProcess:
+    how = {"check": False, "capture_output": True, "text": True, "timeout": 100}
+    return subprocess.run([sys.executable, *map(str, command)], cwd=cwd, **how)
 
 
 def refused(expected: str):
@@ -574,40 +592,40 @@ def test_a_worse_epoch_leaves_best_and_patience_survives(
     assert re.search(begun, capsys.readouterr().out)
 
 
-class Acts(nn.CrossEntropyLoss):
-    """Acts at the second epoch's second step; the loss is what comes of it, if anything."""
+def acting(act):
+    """A loss that acts at the second epoch's second step, and is what comes of it, if any."""
+    calls = itertools.count(1)  # three steps and one evaluation an epoch
 
-    def __init__(self, act):
-        super().__init__()
-        self.act, self.calls = act, 0
+    def loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        value = act() if next(calls) == 6 else None
+        return value or nn.functional.cross_entropy(logits, labels)
 
-    def forward(self, logits, labels):
-        self.calls += 1  # three steps and one evaluation an epoch
-        value = self.act() if self.calls == 6 else None
-        return value or super().forward(logits, labels)
+    return loss
 
 
 def test_a_bad_loss_stops_the_run_and_a_bad_plot_warns(data, run, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with refused("epoch 2, .*train [0-9]+.png.*: the loss became nan"):
-        fit(data, run, criterion=Acts(lambda: torch.tensor(math.nan)))
+        fit(data, run, criterion=acting(lambda: torch.tensor(math.nan)))
     assert len(alasa.load_checkpoint(run / "last.pt")["history"]) == 1
     printed = capsys.readouterr().out
     assert "warning: losses.png" in printed and "too few for a batch: 1 of" in printed
 
 
-def test_a_full_disk_is_one_line_and_leaves_old_files_whole(data, run, reference):
+def limited(size: int, *flags: str) -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+    train.main([*flags])
+
+
+def test_a_full_disk_is_one_line_and_leaves_old_files_whole(
+    data, run, reference, forked
+):
     shutil.copytree(reference, run)
     before = {file: file.read_bytes() for file in run.iterdir()}
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, limits[1]))
-    try:
-        with refused("last.pt|best.pt: cannot be written: .*too large"):
-            fit(data, run, "--resume --epochs 4")
-        with refused("best.pt: cannot be written: .*too large"):
-            fit(data, run / "new")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    for out, more in ((run, "--resume --epochs 4"), (run / "new", "")):
+        code, _, err = forked(limited, 500_000, *flags(data, out, more))
+        assert code == 2 and err.count("\n") == 1, err
+        assert re.match("error: .*(last|best).pt: cannot be written: .*too large", err)
     after = {file: file.read_bytes() for file in run.iterdir()}
     assert after.keys() == before.keys()  # and no run / "new"
     assert all(after[file] == before[file] for file in after if file.suffix == ".pt")
@@ -635,38 +653,38 @@ def test_a_damaged_or_foreign_checkpoint_runs_no_code(reference, tmp_path, monke
 
 
 def test_killed_at_random_moments_and_resumed_ends_bit_identical(data, run, reference):
-    rng = np.random.default_rng(0)
-    for attempt in range(3):
+    for seconds in (*np.random.default_rng(0).uniform(0, 0.7, 5), 60):
         more = "--resume" if (run / "last.pt").exists() else "--overwrite"
-        if attempt == 2:
-            fit(data, run, f"--epochs 3 {more}")
-            break
-        process = start("train.py", *flags(data, run, f"--epochs 3 {more}"))
-        process.stdout.readline()
-        time.sleep(rng.uniform(0, 1))
+        process = fork(fit, data, run, f"--epochs 3 {more}")
+        process.join(seconds)
         process.kill()
-        process.wait()
+        process.join()
         for file in run.glob("*.pt"):
             alasa.load_checkpoint(file)
     assert same_weights(run, reference)
 
 
+def acting_script(data: Path, out: Path, act) -> None:
+    """A script that trains with a worker, and acts meanwhile."""
+    alasa.run_script(lambda: fit(data, out, "--workers 1", criterion=acting(act)) and 0)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_run_says_what_was_saved_and_how_to_go_on(data, run, number):
-    more = flags(data, run, "--epochs 999 --workers 1")
-    process = start("train.py", *more, start_new_session=True)
-    while not (run / "last.pt").exists() and process.poll() is None:
-        time.sleep(0.05)
-    os.killpg(process.pid, number)  # as Ctrl-C and `timeout` do
-    out, err = process.communicate(timeout=30)
-    assert process.returncode == 130 and err == ""
-    assert re.search(r"interrupted; .*run holds \d+ epochs, --resume goes on\n", out)
-    alasa.load_checkpoint(run / "last.pt")
+def test_an_interrupted_run_says_what_was_saved_and_how_to_go_on(
+    data, run, number, forked
+):
+    def interrupt():
+        os.killpg(0, number)  # the workers too, as Ctrl-C and `timeout` do
+
+    code, out, err = forked(acting_script, data, run, interrupt)
+    assert (code, err) == (130, "")
+    assert out.endswith(f"interrupted; {run} holds 1 epochs, --resume goes on\n")
+    assert len(alasa.load_checkpoint(run / "last.pt")["history"]) == 1
 
 
 def test_an_interrupt_that_a_library_swallows_stops_at_the_next_batch(data, run):
     with pytest.raises(KeyboardInterrupt):
-        fit(data, run, criterion=Acts(alasa.STOP.set))
+        fit(data, run, criterion=acting(alasa.STOP.set))
     alasa.STOP.clear()
     assert len(alasa.load_checkpoint(run / "last.pt")["history"]) == 1
 
@@ -677,32 +695,26 @@ def test_workers_leave_signals_to_the_main_process(data, run):
             os.kill(worker.pid, signal.SIGINT)
             os.kill(worker.pid, signal.SIGTERM)
 
-    assert len(fit(data, run, "--workers 1 --epochs 4", criterion=Acts(act))) == 4
+    assert len(fit(data, run, "--workers 1 --epochs 4", criterion=acting(act))) == 4
 
 
-def test_a_lost_worker_or_exhausted_shared_memory_is_one_line(data, run):
-    code = """import multiprocessing, os, resource, sys, threading, time, train
-def kill():
-    while not os.path.exists(sys.argv[-1] + "/last.pt"):
-        time.sleep(0.05)
-    multiprocessing.active_children()[0].kill()
-"""
-    kill, limit = "threading.Thread(target=kill, daemon=True).start()", "(999, 999)"
-    limit = f"resource.setrlimit(resource.RLIMIT_FSIZE, {limit})"
-    more = flags(data, run, "--epochs 9999 --workers 1 --out")
-    done = train_after(code + limit, *more, run)
-    assert done.returncode == 2 and not run.exists(), done
-    assert re.fullmatch("error: .*large.*; try --workers 0\n", done.stderr), done
-    done = train_after(code + kill, *more, run)
-    # Torch notices in whatever runs at that moment, be it the writing of a file.
-    assert done.returncode == 2 and re.fullmatch("error: .*\n", done.stderr), done
+def test_a_lost_worker_or_exhausted_shared_memory_is_one_line(data, run, forked):
+    def lose():
+        multiprocessing.active_children()[0].kill()
+        time.sleep(9)  # torch's handler of the signal ends it at once
+
+    code, _, err = forked(limited, 999, *flags(data, run, "--workers 1"))
+    assert code == 2 and not run.exists()
+    assert re.fullmatch("error: .*large.*; try --workers 0\n", err)
+    code, _, err = forked(acting_script, data, run, lose)
+    assert code == 2 and re.fullmatch("error: .*; try --workers 0\n", err), err
 
 
 # The scripts
 
 
 def test_predicting_on_the_validation_csv_prints_the_logged_scores(
-    data, tmp_path, monkeypatch
+    data, tmp_path, monkeypatch, forked
 ):
     seen, real = [], alasa.score
     monkeypatch.setattr(alasa, "score", lambda y, p: seen.append(p) or real(y, p))
@@ -710,10 +722,10 @@ def test_predicting_on_the_validation_csv_prints_the_logged_scores(
     log = pd.read_csv(tmp_path / "log.csv", dtype=str)
     best = alasa.best_epoch(log.astype(float).to_dict("records"), "auc")
     common = ["--checkpoint", tmp_path / "best.pt", "--output", tmp_path / "p.csv"]
-    done = script("predict.py", *common, "--test-csv", data / "valid.csv")
+    code, out, _ = forked(predict_script, *common, "--test-csv", data / "valid.csv")
     accuracy, auc, wauc = log.loc[best, ["valid_accuracy", "auc", "wauc"]]
     scores = f"accuracy {accuracy}, auc {auc}, wauc {wauc}\n"
-    assert done.returncode == 0 and scores in done.stdout, done
+    assert code == 0 and scores in out
     table = pd.read_csv(tmp_path / "p.csv", dtype=str)
     assert list(table) == ["image", "label", "score", "p_ant", "p_cat"]
     assert (table[["p_ant", "p_cat"]].astype(float).to_numpy() == seen[best]).all()
@@ -724,13 +736,12 @@ def test_predicting_on_the_validation_csv_prints_the_logged_scores(
     model.load_state_dict(torch.load(tmp_path / "best.pt", weights_only=True)["model"])
 
 
-def test_predict_keeps_the_row_of_a_bad_image(data, reference, tmp_path):
+def test_predict_keeps_the_row_of_a_bad_image(data, reference, tmp_path, forked):
     (tmp_path / "bad.png").write_bytes((data / "valid 0.png").read_bytes()[:300])
     images = [data / "valid 1.png", tmp_path / "bad.png", tmp_path / "gone.png"]
     images.append(data / "valid 0.png")
     common = ["--checkpoint", reference / "best.pt", "--output", tmp_path / "p.csv"]
-    done = script("predict.py", *common, *images)
-    assert done.returncode == 1, done
+    assert forked(predict_script, *common, *images)[0] == 1
     table = pd.read_csv(tmp_path / "p.csv")
     assert table["image"].tolist() == [str(image) for image in images]
     for column in ("label", "score", "p_ant", "p_cat"):
@@ -761,7 +772,6 @@ def run_readme(first: str, last: str, block: int) -> dict:
 
 
 def test_the_demo_and_the_library_block_of_readme_run(tmp_path, monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "2")
     done = script(HERE / "train.py", "--epochs", 1, cwd=tmp_path)
     assert done.returncode == 0 and "python train.py --train-csv digits" in done.stdout
     done = script(HERE / "predict.py", cwd=tmp_path)
