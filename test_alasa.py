@@ -1,5 +1,8 @@
 """Tests of what README promises: `pytest test_alasa.py`.  No download, no network.
-Each works in a new folder that holds train.csv, valid.csv and their small images."""
+
+They go by scores, images, CSVs, models, reproducibility, faults and scripts.  Each works
+in a new folder that holds train.csv, valid.csv and their small images.
+"""
 
 import itertools
 import math
@@ -64,8 +67,8 @@ def flags(more: str = "") -> list[str]:
     return f"{TINY} {more}".split()
 
 
-def fit(more: str = "", **kwargs) -> list[dict]:
-    return alasa.fit(train.parse(flags(more)), **kwargs)
+def fit(more: str = "", criterion=None) -> list[dict]:
+    return alasa.fit(train.parse(flags(more)), criterion)
 
 
 @pytest.fixture(scope="session")
@@ -107,9 +110,6 @@ def fork(main, *args: object, seconds: float = 60) -> int | None:
     process.kill()
     process.join()
     return process.exitcode
-
-
-# Scores
 
 
 def test_weighted_auc_of_the_published_cases():
@@ -159,9 +159,6 @@ def test_an_undefined_auc_is_an_error_or_nan_never_a_number():
     history = [{"auc": value} for value in (math.nan, 0.5, 0.7, math.inf, 0.7)]
     assert alasa.best_epoch(history, "auc") == 2  # the first highest finite one
     assert alasa.best_epoch(history[:1], "auc") == -1
-
-
-# Images
 
 
 def test_native_pixels_are_the_decoded_ones_and_d4_only_moves_them():
@@ -242,9 +239,6 @@ def test_mixed_sizes_are_named():
     assert (rows, errors) == ({}, {0: expected, 1: expected})
 
 
-# CSVs
-
-
 def test_a_bad_csv_is_one_line_that_names_file_and_line():
     faults = {
         b"": "bad.csv: has no rows",
@@ -300,9 +294,6 @@ def test_splits_with_an_undefined_or_flattering_auc_are_refused():
             alasa.check_splits(one, other)
 
 
-# The model
-
-
 def test_smoke():
     frame = alasa.read_csv("train.csv", COLUMNS).assign(label=1)
     images, labels = next(iter(DataLoader(alasa.AlasaDataset(frame, "train"), 4)))
@@ -316,9 +307,7 @@ ARCHS += " vit_b_16 swin_t convnext_tiny"
 
 
 @pytest.mark.parametrize("arch", ARCHS.split())
-def test_weights_are_torchvisions_but_for_a_new_head_that_freeze_trains_alone(
-    arch, monkeypatch
-):
+def test_a_new_head_is_all_that_is_not_torchvisions_or_frozen(arch, monkeypatch):
     plain = torchvision.models.get_model(arch).state_dict()
     ones = {key: torch.ones_like(tensor) for key, tensor in plain.items()}
     weights = torchvision.models.WeightsEnum
@@ -326,8 +315,8 @@ def test_weights_are_torchvisions_but_for_a_new_head_that_freeze_trains_alone(
     model = alasa.build_model(arch, 1000, freeze=True).eval()
     new = {key for key, tensor in model.state_dict().items() if (tensor != 1).any()}
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    assert model.state_dict().keys() == ones.keys() and new == trained
-    assert len(new) == 2
+    assert model.state_dict().keys() == ones.keys()
+    assert new == trained and len(new) == 2
     with torch.inference_mode():
         assert model(torch.zeros(1, 3, 224, 224)).shape == (1, 1000)
 
@@ -354,17 +343,14 @@ def test_freeze_leaves_the_backbone_and_its_statistics_as_they_were():
     assert moved == ["fc.weight", "fc.bias"]
 
 
-# Reproducibility
-
-
 @pytest.mark.parametrize("how, workers", [("fork", 0), ("fork", 3), ("forkserver", 1)])
 def test_any_number_of_workers_gives_the_same_bits(reference, how, workers):
-    multiprocessing.set_forkserver_preload(["alasa"])
-    multiprocessing.set_start_method(how, force=True)
-    try:
+    def fit_so():
+        multiprocessing.set_forkserver_preload(["alasa"])
+        multiprocessing.set_start_method(how, force=True)
         fit(f"--epochs 3 --workers {workers}")
-    finally:
-        multiprocessing.set_start_method(None, force=True)
+
+    fork(fit_so)
     assert same_weights("run", reference)
 
 
@@ -391,17 +377,17 @@ def test_killed_at_random_moments_and_resumed_ends_bit_identical(reference):
     assert same_weights("run", reference)
 
 
-def test_each_image_once_an_epoch_but_a_last_single_one_in_one_process_and_two(
-    monkeypatch,
-):
+def test_an_epoch_has_each_image_once_in_one_process_or_two(monkeypatch):
     frame = pd.DataFrame({"image": range(13), "label": [0] * 12 + [1]})
     train, valid = [alasa.AlasaDataset(frame, split) for split in SPLITS]
     batches, in_order = train.plan(1, 4), valid.plan(1, 4)
-    assert [len(rows) for rows in batches] == [4, 4, 4]
+    assert [len(rows) for rows in batches] == [4, 4, 4]  # not the last single one
     assert len(np.unique(batches)) == 12
+    assert [len(rows) for rows in train.plan(1, 99)] == [13]
     assert np.concatenate(in_order).tolist() == list(range(13))
     assert batches == train.plan(1, 4) != train.plan(2, 4)
-    assert [len(rows) for rows in train.plan(1, 99)] == [13]
+    balanced = np.array([train.plan(epoch, 4, True) for epoch in range(1, 101)])
+    assert 0.45 < (balanced == 12).mean() < 0.55
     monkeypatch.setattr(alasa, "WORLD", 2)
     halves = []
     for rank in (0, 1):
@@ -409,16 +395,6 @@ def test_each_image_once_an_epoch_but_a_last_single_one_in_one_process_and_two(
         assert valid.plan(1, 4) == in_order[rank::2]  # whole batches
         halves.append(train.plan(1, 4))
     assert [sorted(a + b) for a, b in zip(*halves)] == [*map(sorted, batches)]
-
-
-def test_balance_draws_both_classes_equally_often():
-    frame = pd.DataFrame({"image": range(13), "label": [0] * 12 + [1]})
-    dataset = alasa.AlasaDataset(frame, "train")
-    rows = np.array([dataset.plan(epoch, 4, True) for epoch in range(1, 101)])
-    assert 0.45 < (rows == 12).mean() < 0.55
-
-
-# Faults
 
 
 def test_a_mistake_is_one_line_and_leaves_nothing_behind(monkeypatch, capsys):
@@ -492,24 +468,26 @@ def test_a_worse_epoch_leaves_best_and_patience_survives(monkeypatch, capsys):
     assert f"begun with {{'torch': '{torch.__version__}'" in capsys.readouterr().out
 
 
-def acting(act):
-    """A loss that acts at the second epoch's second step, and is what comes of it, if any."""
+def train_and_act(act) -> None:
+    """Train with a worker, as a script; act at the second epoch's second step, of which the
+    loss is what act returns, if anything."""
     calls = itertools.count(1)  # three steps and one evaluation an epoch
 
     def loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         value = act() if next(calls) == 6 else None
         return value or nn.functional.cross_entropy(logits, labels)
 
-    return loss
+    os.setsid()  # a group of processes that can be sent a signal
+    alasa.run_script(lambda: fit("--workers 1 --epochs 4 --overwrite", loss) and 0)
 
 
-def test_a_bad_loss_stops_the_run_and_a_bad_plot_warns(monkeypatch, capsys):
+def test_a_bad_loss_stops_the_run_and_a_bad_plot_warns(monkeypatch, capfd):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with refused("epoch 2, .*train [0-9]+.png.*: the loss became nan"):
-        fit(criterion=acting(lambda: torch.tensor(math.nan)))
+    assert fork(train_and_act, lambda: torch.tensor(math.nan)) == 2
+    out, err = capfd.readouterr()
+    assert re.fullmatch("error: epoch 2, .*train .*.png: the loss became nan\n", err)
     assert len(alasa.load_checkpoint("run/last.pt")["history"]) == 1
-    printed = capsys.readouterr().out
-    assert "warning: losses.png" in printed and "too few for a batch: 1 of" in printed
+    assert "warning: losses.png" in out and "too few for a batch: 1 of" in out
 
 
 def limited(size: int, more: str) -> None:
@@ -528,13 +506,6 @@ def test_a_full_disk_is_one_line_and_leaves_old_files_whole(reference, capfd):
     assert after == before and not os.path.exists("new")
 
 
-def acting_script(act) -> None:
-    """A script that trains with a worker, and acts meanwhile."""
-    os.setsid()  # a group of processes that can be sent a signal
-    more = "--workers 1 --overwrite"
-    alasa.run_script(lambda: fit(more, criterion=acting(act)) and 0)
-
-
 def test_a_lost_worker_or_exhausted_shared_memory_is_one_line(capfd):
     def lose():
         multiprocessing.active_children()[0].kill()
@@ -542,7 +513,7 @@ def test_a_lost_worker_or_exhausted_shared_memory_is_one_line(capfd):
 
     assert fork(limited, 999, "--workers 1") == 2 and not os.path.exists("run")
     assert re.fullmatch("error: .*large.*; try --workers 0\n", capfd.readouterr().err)
-    assert fork(acting_script, lose) == 2
+    assert fork(train_and_act, lose) == 2
     assert re.fullmatch("error: .*; try --workers 0\n", capfd.readouterr().err)
 
 
@@ -552,18 +523,18 @@ def test_an_interrupted_run_says_what_was_saved_and_how_to_go_on(capfd):
 
     swallowed = alasa.STOP.set  # as if a library had swallowed the exception
     for act in (signal_all(signal.SIGINT), signal_all(signal.SIGTERM), swallowed):
-        assert fork(acting_script, act) == 130
+        assert fork(train_and_act, act) == 130
         out, err = capfd.readouterr()
         assert err == "" and "interrupted; run holds 1 epochs, --resume goes on" in out
         assert len(alasa.load_checkpoint("run/last.pt")["history"]) == 1
 
 
 def test_workers_leave_signals_to_the_main_process():
-    def act():
+    def send():
         for number in (signal.SIGINT, signal.SIGTERM):
             os.kill(multiprocessing.active_children()[0].pid, number)
 
-    assert len(fit("--workers 1 --epochs 4", criterion=acting(act))) == 4
+    assert fork(train_and_act, send) == 0
 
 
 class Evil:
@@ -583,9 +554,6 @@ def test_a_damaged_or_foreign_checkpoint_runs_no_code(reference):
         with refused(f"{path}: not a checkpoint"):
             alasa.load_checkpoint(path)
     assert not os.path.exists("executed")
-
-
-# The scripts
 
 
 def predict(*flags: object) -> None:
