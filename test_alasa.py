@@ -59,12 +59,9 @@ def work_in_a_copy_of_the_data(data, tmp_path, monkeypatch):
     monkeypatch.chdir(shutil.copytree(data, tmp_path, dirs_exist_ok=True))
 
 
-def flags(more: str = "") -> list[str]:
-    return f"{TINY} {more}".split()
-
-
 def fit(more: str = "", criterion=None) -> list[dict]:
-    return alasa.fit(train.parse(flags(more)), criterion)
+    settings = train.parse(f"{TINY} {more}".split())
+    return alasa.fit(settings, criterion)
 
 
 @pytest.fixture(scope="session")
@@ -469,7 +466,7 @@ def test_a_bad_loss_stops_the_run_and_a_bad_plot_warns(monkeypatch, capfd):
 
 def limited(size: int, more: str) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
-    train.main(flags(more))
+    alasa.run_script(lambda: fit(more))
 
 
 def test_a_full_disk_is_one_line_and_leaves_old_files_whole(reference, capfd):
@@ -646,4 +643,4 @@ if __name__ == "__main__":  # one of torchrun's processes
     print_scores()
     fit("--epochs 1")
     os.truncate("train 4.png", 500)
-    train.main(flags("--out new"))
+    alasa.run_script(lambda: fit("--out new"))
