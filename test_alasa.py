@@ -254,7 +254,7 @@ def test_cells_stay_what_they_are():
     assert frame.index.tolist() == ["sub/odd.csv line 2", "sub/odd.csv line 4"]
 
 
-def test_splits_with_an_undefined_or_flattering_auc_are_refused():
+def test_splits_with_an_undefined_or_flattering_auc_are_refused(capsys):
     train, valid = [alasa.read_csv(f"{split}.csv", COLUMNS) for split in SPLITS]
     assert alasa.check_splits(train, valid) == ["ant", "cat"]
     numbers = [str(i) for i in range(12, -1, -1)]
@@ -277,6 +277,10 @@ def test_splits_with_an_undefined_or_flattering_auc_are_refused():
     for one, other, expected in faults:
         with refused(expected):
             alasa.check_splits(one, other)
+    Path("sub").mkdir()
+    shutil.copy("train 0.png", "sub")
+    alasa.check_splits(train, valid.assign(path="sub/train 0.png"))
+    assert "1 file names are in both splits" in capsys.readouterr().out
 
 
 ARCHS = "resnet18 densenet121 squeezenet1_1 efficientnet_b0 mobilenet_v3_small alexnet"
@@ -285,10 +289,13 @@ ARCHS += " vit_b_16 swin_t convnext_tiny"
 
 @pytest.mark.parametrize("arch", ARCHS.split())
 def test_a_new_head_is_all_that_is_not_torchvisions_or_frozen(arch, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", os.getcwd())
     plain = torchvision.models.get_model(arch).state_dict()
-    ones = {key: torch.ones_like(tensor) for key, tensor in plain.items()}
-    weights = torchvision.models.WeightsEnum
-    monkeypatch.setattr(weights, "get_state_dict", lambda *_, **__: ones)
+    one = torch.ones(())  # expanded, it takes no space in the file
+    ones = {key: one.to(old).expand_as(old) for key, old in plain.items()}
+    url = torchvision.models.get_model_weights(arch).DEFAULT.url
+    Path("hub/checkpoints").mkdir(parents=True)
+    torch.save(ones, f"hub/checkpoints/{Path(url).name}")  # as if it were downloaded
     model = alasa.build_model(arch, 1000, freeze=True).eval()
     new = {key for key, tensor in model.state_dict().items() if (tensor != 1).any()}
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
