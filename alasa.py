@@ -443,12 +443,9 @@ def weighted_auc(y_true: np.ndarray, y_score: np.ndarray, twice: float = 0.4) ->
     y_true, y_score = np.asarray(y_true, bool), np.asarray(y_score, float)
     if np.isnan(y_score).any() or y_true.all() or not y_true.any():
         raise ValueError("an ROC curve needs positives, negatives and no NaN")
-    order = np.argsort(-y_score, kind="stable")
-    # The curve has a point where the score changes: ties are one straight segment.
-    last = np.append(np.flatnonzero(np.diff(y_score[order])), len(order) - 1)
-    hits = np.cumsum(y_true[order])[last]
-    tpr = np.append(0, hits / hits[-1])
-    fpr = np.append(0, (last + 1 - hits) / (len(order) - hits[-1]))
+    # From 0, the curve has a point for each score: ties are one straight segment.
+    point = np.unique(-y_score, return_inverse=True)[1] + 1
+    fpr, tpr = (np.bincount(point, y).cumsum() / y.sum() for y in (~y_true, y_true))
     # And a corner where it crosses `twice`: both axes only rise, so sorting places it.
     fpr = np.sort(np.append(fpr, np.interp(twice, tpr, fpr)))
     tpr = np.sort(np.append(tpr, twice))
