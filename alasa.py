@@ -134,13 +134,12 @@ def check_splits(train: pd.DataFrame, valid: pd.DataFrame) -> list[str]:
     absent = sorted(labels - set(valid["label"]))
     refuse(f"no validation label is {x!r}: its AUC would be undefined" for x in absent)
     paths = pd.concat([train["path"], valid["path"]])
-    files = [os.stat(path) if os.path.isfile(path) else None for path in paths]
-    rows = paths[[not (file and file.st_size) for file in files]].items()
+    whole = [os.path.isfile(path) and os.path.getsize(path) > 0 for path in paths]
+    rows = paths[np.logical_not(whole)].items()
     refuse(f"{place}: {path} is missing or empty" for place, path in rows)
-    # Device and inode are the same however a file is spelled or linked.
-    ids = [(file.st_dev, file.st_ino) for file in files]
-    seen, ids = set(ids[: len(train)]), ids[len(train) :]
-    rows = valid["path"][[i in seen for i in ids]].items()
+    # Inode and device are the same however a file is spelled or linked.
+    seen = {os.stat(path)[1:3] for path in train["path"]}
+    rows = valid["path"][[os.stat(path)[1:3] in seen for path in valid["path"]]].items()
     refuse(f"{place}: {path} is a training image too" for place, path in rows)
     names = [set(map(os.path.basename, frame["path"])) for frame in (train, valid)]
     if both := len(names[0] & names[1]):
