@@ -32,7 +32,7 @@ import torchvision
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
-from torch.utils.data import DataLoader, Dataset, WeightedRandomSampler, default_collate
+from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.transforms import v2
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet, for RGB in 0..1
@@ -245,13 +245,13 @@ class AlasaDataset(Dataset):
         if self.split != "train" or epoch == 0:
             batches = torch.arange(len(self)).split(batch_size)[RANK::WORLD]
             return [rows.tolist() for rows in batches]
-        generator = torch.Generator()
-        generator.manual_seed(derive_seed("order", self.seed, epoch))
+        generator = torch.Generator().manual_seed(
+            derive_seed("order", self.seed, epoch)
+        )
         order = torch.randperm(len(self), generator=generator)
         if balance:
-            weights = 1 / np.bincount(self.labels)[self.labels]
-            drawn = WeightedRandomSampler(weights, len(self), generator=generator)
-            order = torch.tensor(list(drawn))
+            weights = torch.tensor(1 / np.bincount(self.labels)[self.labels])
+            order = torch.multinomial(weights, len(self), True, generator=generator)
         even = [rows[: len(rows) // WORLD * WORLD] for rows in order.split(batch_size)]
         # Batch normalisation cannot train on one image: a last batch of one is dropped.
         return [rows[RANK::WORLD].tolist() for rows in even if len(rows) > WORLD]
