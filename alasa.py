@@ -23,6 +23,7 @@ import zipfile
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -457,17 +458,16 @@ def best_epoch(history: list[dict[str, float]], monitor: str) -> int:
 
 def write_file(path: str, write: Callable[[object], object]) -> None:
     """Let write(file) replace a file whole or not at all, be the disk full or power lost."""
-    part = f"{path}.part"
-    try:
-        with blame(f"{path}: cannot be written"):
+    part = Path(f"{path}.part")
+    with blame(f"{path}: cannot be written"):
+        try:
             with open(part, "wb") as file:
                 write(file)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(part, path)
-    finally:
-        with contextlib.suppress(OSError):
-            os.remove(part)
+        finally:
+            part.unlink(missing_ok=True)
 
 
 def load_checkpoint(path: str) -> dict:
@@ -508,13 +508,12 @@ def save_epoch(run: dict, parts: dict) -> None:
     out, log = run["settings"]["out"], pd.DataFrame(run["history"])
     states = {name: part.state_dict() for name, part in parts.items()}
     for name in RUN_FILES if len(log) == 1 else ():
-        with contextlib.suppress(OSError):
-            os.remove(f"{out}/{name}")  # of the run that this one overwrites
+        Path(out, name).unlink(missing_ok=True)  # of the run that this one overwrites
     if best_epoch(run["history"], run["settings"]["monitor"]) == len(log) - 1:
         best = run | {"model": states["model"]}
         write_file(f"{out}/best.pt", partial(torch.save, best))
-    text = log.to_csv(index=False, float_format="%.6g").encode()
-    write_file(f"{out}/log.csv", lambda file: file.write(text))
+    write_log = partial(log.to_csv, mode="wb", index=False, float_format="%.6g")
+    write_file(f"{out}/log.csv", write_log)
     try:
         with blame("losses.png cannot be drawn"):
             from matplotlib.figure import Figure  # slow, and pyplot may want a display
@@ -525,7 +524,7 @@ def save_epoch(run: dict, parts: dict) -> None:
                 axes.plot(log["epoch"], log[columns], marker=".", label=columns)
                 axes.set(xlabel="epoch", ylabel=name)
                 axes.legend()
-            write_file(f"{out}/losses.png", lambda file: figure.savefig(file, dpi=120))
+            write_file(f"{out}/losses.png", partial(figure.savefig, dpi=120))
     except AlasaError as error:  # the run is whole without it
         print(f"warning: {error}")
     write_file(f"{out}/last.pt", partial(torch.save, run | states))
