@@ -484,7 +484,8 @@ def load_checkpoint(path: str) -> dict:
 
 def open_run(settings: dict) -> dict:
     """Return the checkpoint to resume, or that of a new run, which has no model yet."""
-    out = settings["out"]
+    out, run = settings["out"], {"history": []}
+    found = [name for name in RUN_FILES if os.path.exists(f"{out}/{name}")]
     if settings["resume"]:
         load_checkpoint(f"{out}/best.pt")  # or the best epoch would be lost silently
         run = load_checkpoint(f"{out}/last.pt")
@@ -494,12 +495,10 @@ def open_run(settings: dict) -> dict:
         refuse(what.format(key, then[key], settings[key]) for key in changed)
         if run["versions"] != VERSIONS:
             print(f"warning: begun with {run['versions']}: the bits may differ")
-        return run | {"settings": settings, "versions": VERSIONS}
-    found = [name for name in RUN_FILES if os.path.exists(f"{out}/{name}")]
-    if found and not settings["overwrite"]:
+    elif found and not settings["overwrite"]:
         what = f"{out} holds a run ({', '.join(found)})"
         raise AlasaError(f"{what}: --resume, --overwrite, or choose another --out")
-    return {"settings": settings, "history": [], "versions": VERSIONS}
+    return run | {"settings": settings, "versions": VERSIONS}
 
 
 def save_epoch(run: dict, parts: dict) -> None:
