@@ -549,15 +549,15 @@ def start(name: str, precision: str) -> tuple[torch.device, str, torch.autocast]
     return device, precision, torch.autocast(device.type, DTYPES[precision], enabled=on)
 
 
-def build_parts(model, optimizer: str, lr, weight_decay, fp16: bool) -> dict:
+def build_parts(model: nn.Module, s: Namespace) -> dict:
     """Return all that has a state: the model, its optimizer, scheduler, gradient scaler."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    rates = {"lr": lr, "weight_decay": weight_decay, "fused": True}
-    parts = {"model": model, "optimizer": OPTIMIZERS[optimizer](trained, **rates)}
-    when = {"mode": "max", "factor": 0.5, "patience": 2}
-    parts["scheduler"] = ReduceLROnPlateau(parts["optimizer"], **when)
-    parts["scaler"] = torch.amp.GradScaler(trained[0].device.type, enabled=fp16)
-    return parts
+    rates = {"lr": s.lr, "weight_decay": s.weight_decay, "fused": True}
+    optimizer = OPTIMIZERS[s.optimizer](trained, **rates)
+    scheduler = ReduceLROnPlateau(optimizer, "max", factor=0.5, patience=2)
+    scaler = torch.amp.GradScaler(trained[0].device.type, enabled=s.precision == "fp16")
+    parts = {"model": model, "optimizer": optimizer}
+    return parts | {"scheduler": scheduler, "scaler": scaler}
 
 
 def fit(settings: dict, criterion: nn.Module | None = None) -> list[dict[str, float]]:
@@ -582,9 +582,9 @@ def fit(settings: dict, criterion: nn.Module | None = None) -> list[dict[str, fl
     how = device, s.workers, s.batch_size, s.balance
     passes = [read_ahead(split, epochs, *how) for split in data]
     seed_everything(s.seed)
-    weights, fp16 = "none" if s.resume else s.weights, s.precision == "fp16"
+    weights = "none" if s.resume else s.weights
     model = build_model(s.arch, len(classes), weights, s.freeze, s.full_res_stem)
-    parts = build_parts(model.to(device), s.optimizer, s.lr, s.weight_decay, fp16)
+    parts = build_parts(model.to(device), s)
     for name in parts if s.resume else ():
         parts[name].load_state_dict(run.pop(name))
     print(f"{s.arch} on {WORLD} x {device}, {s.precision}, {s.workers} workers")
