@@ -549,17 +549,6 @@ def start(name: str, precision: str) -> tuple[torch.device, str, torch.autocast]
     return device, precision, torch.autocast(device.type, DTYPES[precision], enabled=on)
 
 
-def build_parts(model: nn.Module, s: Namespace) -> dict:
-    """Return all that has a state: the model, its optimizer, scheduler, gradient scaler."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    rates = {"lr": s.lr, "weight_decay": s.weight_decay, "fused": True}
-    optimizer = OPTIMIZERS[s.optimizer](trained, **rates)
-    scheduler = ReduceLROnPlateau(optimizer, "max", factor=0.5, patience=2)
-    scaler = torch.amp.GradScaler(trained[0].device.type, enabled=s.precision == "fp16")
-    parts = {"model": model, "optimizer": optimizer}
-    return parts | {"scheduler": scheduler, "scaler": scaler}
-
-
 def fit(settings: dict, criterion: nn.Module | None = None) -> list[dict[str, float]]:
     """Train as the flags of train.py say, keep RUN_FILES in `out`; return the history.
     criterion(logits [B, classes], labels [B]) is a mean loss, by default cross entropy."""
@@ -584,9 +573,7 @@ def fit(settings: dict, criterion: nn.Module | None = None) -> list[dict[str, fl
     seed_everything(s.seed)
     weights = "none" if s.resume else s.weights
     model = build_model(s.arch, len(classes), weights, s.freeze, s.full_res_stem)
-    parts = build_parts(model.to(device), s)
-    for name in parts if s.resume else ():
-        parts[name].load_state_dict(run.pop(name))
+    model.to(device)
     print(f"{s.arch} on {WORLD} x {device}, {s.precision}, {s.workers} workers")
     describe(data[0].labels, data[1].labels, classes)
     left = len(data[0]) - WORLD * sum(map(len, data[0].plan(1, s.batch_size)))
@@ -598,14 +585,21 @@ def fit(settings: dict, criterion: nn.Module | None = None) -> list[dict[str, fl
     with blame(f"{s.arch} cannot take such images"), torch.inference_mode():
         model.eval()(image)
     criterion = criterion or nn.CrossEntropyLoss(label_smoothing=s.label_smoothing)
-    run_epochs(run, parts, data, passes, criterion, amp)
+    run_epochs(run, model, data, passes, criterion, amp)
     return run["history"]
 
 
-def run_epochs(run: dict, parts: dict, data, passes, criterion, amp) -> None:
+def run_epochs(run: dict, model: nn.Module, data, passes, criterion, amp) -> None:
     """Train, evaluate, step and save, until the epochs or the patience end."""
     s, history = Namespace(**run["settings"]), run["history"]
-    model, optimizer, scheduler, scaler = parts.values()
+    rates = {"lr": s.lr, "weight_decay": s.weight_decay, "fused": True}
+    optimizer = OPTIMIZERS[s.optimizer](model.parameters(), **rates)
+    scheduler = ReduceLROnPlateau(optimizer, "max", factor=0.5, patience=2)
+    scaler = torch.amp.GradScaler(amp.device, enabled=s.precision == "fp16")
+    parts = {"model": model, "optimizer": optimizer}  # all that has a state
+    parts |= {"scheduler": scheduler, "scaler": scaler}
+    for name in parts if s.resume else ():
+        parts[name].load_state_dict(run.pop(name))
     net = torch.compile(model) if s.compile else model
     net = nn.parallel.DistributedDataParallel(net) if WORLD > 1 else net
     try:
