@@ -683,5 +683,4 @@ def run_script(main: Callable[[], int | None]) -> None:
         code = 2
     for worker in multiprocessing.active_children():
         worker.kill()  # it ignores what Python would send it, and be waited for
-    sys.stdout.flush()
     os._exit(code)  # all is written, and torch takes a second to tear itself down
