@@ -123,6 +123,7 @@ def read_csv(path: str, columns: dict, root=None, labelled=True) -> pd.DataFrame
 
 def check_splits(train: pd.DataFrame, valid: pd.DataFrame) -> list[str]:
     """Return the classes, integers in numerical order; the first is the negative one.
+    Print how many images each has, and what chance would score.
     AlasaError if an image is missing, or if the AUC would be undefined or a lie."""
     labels = set(train["label"])
     numbers = all(label.removeprefix("-").isdecimal() for label in labels)
@@ -144,16 +145,13 @@ def check_splits(train: pd.DataFrame, valid: pd.DataFrame) -> list[str]:
     names = [set(map(os.path.basename, frame["path"])) for frame in (train, valid)]
     if both := len(names[0] & names[1]):
         print(f"warning: {both} file names are in both splits: the same scenes?")
-    return classes
-
-
-def describe(train: list[int], valid: list[int], classes: list[str]) -> None:
-    """Print how many images each class has in each split, and what chance would score."""
-    counts = np.array([np.bincount(train), np.bincount(valid)])
-    print(pd.DataFrame(counts.T, classes, ["train", "valid"]).to_string())
-    p, q = counts / counts.sum(1, keepdims=True)
+    counts = [frame["label"].value_counts()[classes] for frame in (train, valid)]
+    table = pd.concat(counts, axis=1, keys=["train", "valid"])
+    print(table.to_string(index_names=False))
+    p, q = (count / count.sum() for count in counts)
     loss = -(q * np.log(p)).sum()
     print(f"chance: loss {loss:.4f}, accuracy {q.max():.4f}, auc 0.5, wauc 0.5857")
+    return classes
 
 
 def read_image(path: str) -> Image.Image:
@@ -575,7 +573,6 @@ def fit(settings: dict, criterion: nn.Module | None = None) -> list[dict[str, fl
     model = build_model(s.arch, len(classes), weights, s.freeze, s.full_res_stem)
     model.to(device)
     print(f"{s.arch} on {WORLD} x {device}, {s.precision}, {s.workers} workers")
-    describe(data[0].labels, data[1].labels, classes)
     left = len(data[0]) - WORLD * sum(map(len, data[0].plan(1, s.batch_size)))
     if left == len(data[0]):
         raise AlasaError("too few images, or too small a --batch-size, to train on")
