@@ -286,8 +286,7 @@ def read_ahead(data: AlasaDataset, epochs: Iterable[int], device, workers: int, 
             if STOP.is_set():  # a library has swallowed the exception
                 raise KeyboardInterrupt
             if sys.stderr.isatty() and RANK == 0:
-                progress = f"{data.split} {step}/{count}\033[K"
-                print(progress, end="\r", file=sys.stderr, flush=True)
+                print(f"{data.split} {step}/{count}\033[K", end="\r", file=sys.stderr)
             rows, images, errors, seed = next(batches)
             torch.manual_seed(seed)  # for dropout
             labels = torch.tensor([data.labels[row] for row in rows], device=device)
@@ -324,10 +323,10 @@ def build_model(
     `weights` is a name of torchvision's, a file, or "none".  `freeze` leaves only the last
     layer trainable.  `full_res_stem` sets the stride of the first convolution, and of
     pooling right behind it, to 1, so that the stem keeps every pixel."""
-    known = set(torchvision.models.list_models(module=torchvision.models))
-    known -= {"googlenet", "inception_v3"}  # they have auxiliary heads
+    auxiliary = ["googlenet", "inception_v3"]  # they have more heads than one
+    known = torchvision.models.list_models(torchvision.models, exclude=auxiliary)
     if arch not in known:
-        raise AlasaError(f"--arch {arch} is not supported; choose from {sorted(known)}")
+        raise AlasaError(f"--arch {arch} is not supported; choose from {known}")
     model = torchvision.models.get_model(arch, num_classes=classes)
     kinds = (nn.Conv2d, nn.MaxPool2d, nn.Linear)
     layers = {name: m for name, m in model.named_modules() if isinstance(m, kinds)}
@@ -471,9 +470,8 @@ def write_file(path: str, write: Callable[[object], object]) -> None:
 def load_checkpoint(path: str) -> dict:
     """Read a checkpoint that `fit` wrote; AlasaError if it is damaged or another's."""
     with blame(f"{path}: not a checkpoint of train.py"):
-        with zipfile.ZipFile(path) as archive:
-            if damaged := archive.testzip():  # torch.load checks no CRC
-                raise ValueError(f"{damaged} is damaged")
+        if damaged := zipfile.ZipFile(path).testzip():  # torch.load checks no CRC
+            raise ValueError(f"{damaged} is damaged")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         for key in ("model", "settings", "history", "versions"):
             checkpoint[key]
