@@ -244,9 +244,8 @@ class AlasaDataset(Dataset):
         if self.split != "train" or epoch == 0:
             batches = torch.arange(len(self)).split(batch_size)[RANK::WORLD]
             return [rows.tolist() for rows in batches]
-        generator = torch.Generator().manual_seed(
-            derive_seed("order", self.seed, epoch)
-        )
+        generator = torch.Generator()
+        generator.manual_seed(derive_seed("order", self.seed, epoch))
         order = torch.randperm(len(self), generator=generator)
         if balance:
             weights = torch.tensor(1 / np.bincount(self.labels)[self.labels])
