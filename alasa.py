@@ -278,6 +278,10 @@ def read_ahead(data: AlasaDataset, epochs: Iterable[int], device, workers: int, 
     )
     with blame("the workers cannot start, try --workers 0"):
         batches = iter(loader)
+    # Torch would raise in whatever runs as a worker is lost; the next batch tells it too.
+    with contextlib.suppress(AttributeError, ValueError):  # Windows, or in a thread
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    lost = (OSError, EOFError, RuntimeError) if workers else ()
 
     def one_pass(count: int) -> Iterator[tuple]:
         """Yield the next `count` batches, with a progress line if a terminal watches."""
@@ -286,7 +290,13 @@ def read_ahead(data: AlasaDataset, epochs: Iterable[int], device, workers: int, 
                 raise KeyboardInterrupt
             if sys.stderr.isatty() and RANK == 0:
                 print(f"{data.split} {step}/{count}\033[K", end="\r", file=sys.stderr)
-            rows, images, errors, seed = next(batches)
+            try:
+                rows, images, errors, seed = next(batches)
+            except lost as error:
+                why = str(error).strip().split("\n")[-1]  # less the worker's traceback
+                raise AlasaError(
+                    f"the workers failed, try --workers 0: {why}"
+                ) from error
             torch.manual_seed(seed)  # for dropout
             labels = torch.tensor([data.labels[row] for row in rows], device=device)
             yield rows, normalise(images.to(device, non_blocking=True)), labels, errors
@@ -667,13 +677,8 @@ def run_script(main: Callable[[], int | None]) -> None:
         code = main() or 0
     except KeyboardInterrupt:
         code = 130
-    except (AlasaError, OSError, EOFError, RuntimeError) as error:
-        lines = str(error).strip().split("\n")
-        if "DataLoader worker" in str(error):  # killed, or out of shared memory
-            lines = [lines[-1] + "; try --workers 0"]  # less the worker's traceback
-        elif isinstance(error, RuntimeError):
-            raise
-        print("error:", *lines, file=sys.stderr)
+    except (AlasaError, OSError) as error:
+        print("error:", error, file=sys.stderr)
         code = 2
     for worker in multiprocessing.active_children():
         worker.kill()  # it ignores what Python would send it, and be waited for
