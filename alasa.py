@@ -256,9 +256,8 @@ class AlasaDataset(Dataset):
 
 
 def leave_to_main(worker: int) -> None:
-    """In a worker, leave Ctrl-C, SIGTERM and the telling of faults to the main process."""
+    """In a worker, leave Ctrl-C and the telling of faults to the main process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     sys.excepthook = lambda *_: None
 
 
@@ -627,7 +626,7 @@ def run_epochs(run: dict, model: nn.Module, data, passes, criterion, amp) -> Non
             print(", ".join(f"{name} {value:.6g}" for name, value in row.items()))
         print(f"best: epoch {best_epoch(history, s.monitor) + 1}, in {s.out}/best.pt")
     except KeyboardInterrupt:
-        print(f"interrupted; {s.out} holds {len(history)} epochs, --resume goes on")
+        print(f"interrupted; epochs in {s.out} for --resume: {len(history)}")
         raise
     finally:
         if RANK == 0:  # another may be done before rank 0 has written anything
@@ -680,6 +679,7 @@ def run_script(main: Callable[[], int | None]) -> None:
     except (AlasaError, OSError) as error:
         print("error:", error, file=sys.stderr)
         code = 2
-    for worker in multiprocessing.active_children():
-        worker.kill()  # it ignores what Python would send it, and be waited for
+    finally:
+        for worker in multiprocessing.active_children():
+            worker.kill()  # else it would live on for seconds, and hold the pipes
     os._exit(code)  # all is written, and torch takes a second to tear itself down

@@ -471,6 +471,11 @@ def test_a_bad_loss_stops_the_run_and_a_bad_plot_warns(monkeypatch, capfd):
     assert "warning: losses.png" in out and "too few for a batch: 1 of" in out
 
 
+def test_a_bug_keeps_its_traceback_and_ends_the_workers(capfd):
+    assert fork(train_and_act, lambda: {}["bug"]) == 1
+    assert "KeyError: 'bug'" in capfd.readouterr().err
+
+
 def limited(size: int, more: str) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
     alasa.run_script(lambda: fit(more))
@@ -507,14 +512,13 @@ def test_an_interrupted_run_says_what_was_saved_and_how_to_go_on(capfd):
     ):
         assert fork(train_and_act, act) == 130
         out, err = capfd.readouterr()
-        assert err == "" and "interrupted; runs holds 1 epochs, --resume goes on" in out
+        assert err == "" and "interrupted; epochs in runs for --resume: 1\n" in out
         assert len(alasa.load_checkpoint("runs/last.pt")["history"]) == 1
 
 
-def test_workers_leave_signals_to_the_main_process():
+def test_workers_leave_ctrl_c_to_the_main_process():
     def send():
-        for number in (signal.SIGINT, signal.SIGTERM):
-            os.kill(multiprocessing.active_children()[0].pid, number)
+        os.kill(multiprocessing.active_children()[0].pid, signal.SIGINT)
 
     assert fork(train_and_act, send) == 0
 
