@@ -17,7 +17,6 @@ import os
 import random
 import signal
 import sys
-import threading
 import time
 import zipfile
 from argparse import Namespace
@@ -46,7 +45,7 @@ RUN_FILES = ("last.pt", "best.pt", "log.csv", "losses.png")
 FREE = {"train_csv", "valid_csv", "image_root", "check_images", "workers", "device"}
 FREE |= {"epochs", "early_stop", "out", "resume", "overwrite"}
 RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-STOP = threading.Event()  # set by Ctrl-C and SIGTERM
+STOP: list[int] = []  # the signals met; the lock of an Event is not reentrant
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else not deterministic
 # glibc returns large buffers to the kernel and faults them in anew at each step; with
@@ -255,12 +254,6 @@ class AlasaDataset(Dataset):
         return [rows[RANK::WORLD].tolist() for rows in even if len(rows) > WORLD]
 
 
-def leave_to_main(worker: int) -> None:
-    """In a worker, leave Ctrl-C and the telling of faults to the main process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    sys.excepthook = lambda *_: None
-
-
 def read_ahead(data: AlasaDataset, epochs: Iterable[int], device, workers: int, *how):
     """Yield, for each epoch, a pass over data.plan(epoch, *how): batches of {row: path},
     images [B, 3, H, W] on the device, labels [B], {row that could not be read: error}.
@@ -271,7 +264,6 @@ def read_ahead(data: AlasaDataset, epochs: Iterable[int], device, workers: int, 
         batch_size=None,
         sampler=plan,
         num_workers=workers,
-        worker_init_fn=leave_to_main,
         pin_memory=device.type == "cuda",
         generator=torch.Generator(),  # else it draws a seed from the global one
     )
@@ -285,7 +277,7 @@ def read_ahead(data: AlasaDataset, epochs: Iterable[int], device, workers: int, 
     def one_pass(count: int) -> Iterator[tuple]:
         """Yield the next `count` batches, with a progress line if a terminal watches."""
         for step in range(1, count + 1):
-            if STOP.is_set():  # a library has swallowed the exception
+            if STOP:
                 raise KeyboardInterrupt
             if sys.stderr.isatty() and RANK == 0:
                 print(f"{data.split} {step}/{count}\033[K", end="\r", file=sys.stderr)
@@ -625,10 +617,9 @@ def run_epochs(run: dict, model: nn.Module, data, passes, criterion, amp) -> Non
             history.append(row)
             print(", ".join(f"{name} {value:.6g}" for name, value in row.items()))
         print(f"best: epoch {best_epoch(history, s.monitor) + 1}, in {s.out}/best.pt")
-    except KeyboardInterrupt:
-        print(f"interrupted; epochs in {s.out} for --resume: {len(history)}")
-        raise
     finally:
+        if STOP:
+            print(f"interrupted; epochs in {s.out} for --resume: {len(history)}")
         if RANK == 0:  # another may be done before rank 0 has written anything
             with contextlib.suppress(OSError):
                 os.rmdir(s.out)  # nothing was written
@@ -664,21 +655,25 @@ def predict(
 def run_script(main: Callable[[], int | None]) -> None:
     """Run main() and leave with its exit code; 2 and one line for a fault, 130 for Ctrl-C."""
 
-    def interrupt(*_: object) -> None:
-        """Stop training, at the latest at its next batch."""
-        STOP.set()
-        raise KeyboardInterrupt
+    def stop(number: int, _: object) -> None:
+        """Stop at the next batch, as an exception may strike anywhere; if asked twice, now."""
+        if number in STOP:
+            raise KeyboardInterrupt
+        STOP.append(number)
 
-    signal.signal(signal.SIGINT, interrupt)
-    signal.signal(signal.SIGTERM, interrupt)
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGTERM, stop)
     sys.stdout.reconfigure(line_buffering=True)
     try:
         code = main() or 0
-    except KeyboardInterrupt:
-        code = 130
-    except (AlasaError, OSError) as error:
-        print("error:", error, file=sys.stderr)
-        code = 2
+    except BaseException as error:
+        if STOP:  # what fails then fails of it
+            code = 130
+        elif isinstance(error, AlasaError | OSError):
+            print("error:", error, file=sys.stderr)
+            code = 2
+        else:
+            raise
     finally:
         for worker in multiprocessing.active_children():
             worker.kill()  # else it would live on for seconds, and hold the pipes

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -511,22 +512,20 @@ def test_a_lost_worker_or_exhausted_shared_memory_is_one_line(capfd):
 
 
 def test_an_interrupted_run_says_what_was_saved_and_how_to_go_on(capfd):
-    for act in (
-        lambda: os.killpg(0, signal.SIGINT),  # as Ctrl-C does, to the workers too
-        lambda: os.killpg(0, signal.SIGTERM),  # as `timeout` does
-        alasa.STOP.set,  # as if a library had swallowed the exception
-    ):
-        assert fork(train_and_act, act) == 130
+    for number in (signal.SIGINT, signal.SIGTERM):  # to the workers too, as Ctrl-C is
+        assert fork(train_and_act, partial(os.killpg, 0, number)) == 130
         out, err = capfd.readouterr()
         assert err == "" and "interrupted; epochs in runs for --resume: 1\n" in out
         assert len(alasa.load_checkpoint("runs/last.pt")["history"]) == 1
 
 
-def test_workers_leave_ctrl_c_to_the_main_process():
-    def send():
-        os.kill(multiprocessing.active_children()[0].pid, signal.SIGINT)
+def test_a_second_ctrl_c_does_not_wait_for_a_batch(capfd):
+    def hang():
+        while True:
+            os.kill(os.getpid(), signal.SIGINT)
 
-    assert fork(train_and_act, send) == 0
+    assert fork(train_and_act, hang) == 130
+    assert "interrupted; " in capfd.readouterr().out
 
 
 def test_a_damaged_or_foreign_checkpoint_runs_no_code(reference):
