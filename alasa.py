@@ -49,9 +49,10 @@ STOP: list[int] = []  # the signals met; the lock of an Event is not reentrant
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else not deterministic
 # glibc returns large buffers to the kernel and faults them in anew at each step; with
-# M_MMAP_MAX=0 and M_TRIM_THRESHOLD=max it keeps them: a third faster on a CPU.
+# M_MMAP_MAX (-4) 0 and M_TRIM_THRESHOLD (-1) at most it keeps them: a third faster on a CPU.
 with contextlib.suppress(AttributeError, TypeError):  # no other libc has mallopt
-    ctypes.CDLL(None).mallopt(-4, 0), ctypes.CDLL(None).mallopt(-1, 2**31 - 1)
+    ctypes.CDLL(None).mallopt(-4, 0)
+    ctypes.CDLL(None).mallopt(-1, 2**31 - 1)
 
 
 class AlasaError(Exception):
@@ -64,7 +65,7 @@ def blame(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        # torch.save hides a full disk behind an error of its own.
+        # torch.save hides a full disk's OSError behind a RuntimeError.
         cause = (isinstance(error, RuntimeError) and error.__context__) or error
         why = " ".join(str(cause).split())[:300] or type(cause).__name__
         raise AlasaError(f"{what}: {why}") from error
@@ -129,24 +130,24 @@ def check_splits(train: pd.DataFrame, valid: pd.DataFrame) -> list[str]:
     classes = sorted(labels, key=lambda label: (int(label) if numbers else 0, label))
     if len(classes) == 1:
         raise AlasaError(f"training has one class only: {classes[0]!r}")
-    rows = valid["label"][~valid["label"].isin(labels)].items()
-    refuse(f"{place}: no training label is {label!r}" for place, label in rows)
+    wrong = valid["label"][~valid["label"].isin(labels)].items()
+    refuse(f"{place}: no training label is {label!r}" for place, label in wrong)
     absent = sorted(labels - set(valid["label"]))
     refuse(f"no validation label is {x!r}: its AUC would be undefined" for x in absent)
     paths = pd.concat([train["path"], valid["path"]])
     whole = [os.path.isfile(path) and os.path.getsize(path) > 0 for path in paths]
-    rows = paths[np.logical_not(whole)].items()
-    refuse(f"{place}: {path} is missing or empty" for place, path in rows)
-    # Inode and device are the same however a file is spelled or linked.
+    wrong = paths[np.logical_not(whole)].items()
+    refuse(f"{place}: {path} is missing or empty" for place, path in wrong)
+    # Two numbers, inode and device, are the same however a file is spelled or linked.
     seen = {os.stat(path)[1:3] for path in train["path"]}
-    rows = valid["path"][[os.stat(path)[1:3] in seen for path in valid["path"]]].items()
-    refuse(f"{place}: {path} is a training image too" for place, path in rows)
+    same = [os.stat(path)[1:3] in seen for path in valid["path"]]
+    wrong = valid["path"][same].items()
+    refuse(f"{place}: {path} is a training image too" for place, path in wrong)
     names = [set(map(os.path.basename, frame["path"])) for frame in (train, valid)]
     if both := len(names[0] & names[1]):
         print(f"warning: {both} file names are in both splits: the same scenes?")
     counts = [frame["label"].value_counts()[classes] for frame in (train, valid)]
-    table = pd.concat(counts, axis=1, keys=["train", "valid"])
-    print(table.to_string(index_names=False))
+    print(pd.DataFrame(counts, ["train", "valid"]).T.to_string(index_names=False))
     p, q = (count / count.sum() for count in counts)
     loss = -(q * np.log(p)).sum()
     print(f"chance: loss {loss:.4f}, accuracy {q.max():.4f}, auc 0.5, wauc 0.5857")
@@ -238,8 +239,8 @@ class AlasaDataset(Dataset):
 
     def plan(self, epoch: int, batch_size: int, balance=False) -> list[list[int]]:
         """Return the batches that this process reads, as lists of rows.  In training, its
-        share of each batch of the epoch's own order.  In evaluation, and in epoch 0, every
-        WORLD-th batch whole, as the last bits of logits depend on the size of the batch."""
+        share of each batch of the epoch's own order.  In evaluation, and in epoch 0, which
+        checks images, every WORLD-th batch whole: its size moves the last bits of logits."""
         if self.split != "train" or epoch == 0:
             batches = torch.arange(len(self)).split(batch_size)[RANK::WORLD]
             return [rows.tolist() for rows in batches]
@@ -249,9 +250,9 @@ class AlasaDataset(Dataset):
         if balance:
             weights = torch.tensor(1 / np.bincount(self.labels)[self.labels])
             order = torch.multinomial(weights, len(self), True, generator=generator)
-        even = [rows[: len(rows) // WORLD * WORLD] for rows in order.split(batch_size)]
+        whole = [rows[: len(rows) // WORLD * WORLD] for rows in order.split(batch_size)]
         # Batch normalisation cannot train on one image: a last batch of one is dropped.
-        return [rows[RANK::WORLD].tolist() for rows in even if len(rows) > WORLD]
+        return [rows[RANK::WORLD].tolist() for rows in whole if len(rows) > WORLD]
 
 
 def read_ahead(data: AlasaDataset, epochs: Iterable[int], device, workers: int, *how):
@@ -259,17 +260,12 @@ def read_ahead(data: AlasaDataset, epochs: Iterable[int], device, workers: int, 
     images [B, 3, H, W] on the device, labels [B], {row that could not be read: error}.
     Workers start at once, and read on while other things happen."""
     plan = ((epoch, rows) for epoch in epochs for rows in data.plan(epoch, *how))
-    loader = DataLoader(
-        data,
-        batch_size=None,
-        sampler=plan,
-        num_workers=workers,
-        pin_memory=device.type == "cuda",
-        generator=torch.Generator(),  # else it draws a seed from the global one
-    )
+    own = torch.Generator()  # else the loader draws a seed from the global one
+    more = {"pin_memory": device.type == "cuda", "generator": own}
+    loader = DataLoader(data, None, sampler=plan, num_workers=workers, **more)
     with blame("the workers cannot start, try --workers 0"):
         batches = iter(loader)
-    # Torch would raise in whatever runs as a worker is lost; the next batch tells it too.
+    # Torch's handler would raise anywhere; that a worker is lost, the next batch tells too.
     with contextlib.suppress(AttributeError, ValueError):  # Windows, or in a thread
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     lost = (OSError, EOFError, RuntimeError) if workers else ()
@@ -393,9 +389,8 @@ def train_one_epoch(
 
 @torch.inference_mode()
 def infer(model: nn.Module, batches: Iterable[tuple], amp, views: int = 1) -> list:
-    """Return by row its logits, float32 [classes], or the error that it could not be read
-    for, once each process has read its share.  The logits are the mean over the first
-    `views` views of an image: test-time augmentation."""
+    """Return for each row its logits, float32 [classes], or why it could not be read.
+    The logits are the mean over the first `views` views: test-time augmentation."""
     model.eval()
     for buffer in model.buffers() if WORLD > 1 else ():
         dist.broadcast(buffer, 0)  # batch statistics differ by process
@@ -487,8 +482,7 @@ def open_run(settings: dict) -> dict:
         run = load_checkpoint(f"{out}/last.pt")
         then = {key: run["settings"].get(key) for key in settings.keys() - FREE}
         changed = sorted(key for key in then if then[key] != settings[key])
-        what = "--resume: {} was {!r}, now it is {!r}"
-        refuse(what.format(key, then[key], settings[key]) for key in changed)
+        refuse(f"--resume: {x} was {then[x]!r}, now {settings[x]!r}" for x in changed)
         if run["versions"] != VERSIONS:
             print(f"warning: begun with {run['versions']}: the bits may differ")
     elif found and not settings["overwrite"]:
@@ -498,8 +492,7 @@ def open_run(settings: dict) -> dict:
 
 
 def save_epoch(run: dict, parts: dict) -> None:
-    """Write the files of the run; last.pt at the end, as what a resumed run does not find
-    there it does again."""
+    """Write the files of the run; last.pt at the end: what it lacks is done again."""
     out, log = run["settings"]["out"], pd.DataFrame(run["history"])
     states = {name: part.state_dict() for name, part in parts.items()}
     for name in RUN_FILES if len(log) == 1 else ():
@@ -553,9 +546,10 @@ def fit(settings: dict, criterion: nn.Module | None = None) -> list[dict[str, fl
     columns = {"image": s.image_column, "label": s.label_column}
     paths = s.train_csv, s.valid_csv
     frames = [read_csv(path, columns, s.image_root) for path in paths]
-    classes, data = check_splits(*frames), []
-    rows = derive_seed([frame[[*columns]].to_numpy().tolist() for frame in frames])
-    run = open_run(vars(s) | {"classes": classes, "rows": rows})
+    classes = check_splits(*frames)
+    data_hash = derive_seed([frame[[*columns]].to_numpy().tolist() for frame in frames])
+    run = open_run(vars(s) | {"classes": classes, "data_hash": data_hash})
+    data = []
     for split, frame in zip(("train", "valid"), frames):
         frame["label"] = frame["label"].map(classes.index)
         transform = make_transform(split, s.image_size, s.augment)

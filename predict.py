@@ -35,8 +35,7 @@ def main(args: Namespace) -> int:
         frame = alasa.read_csv(csv, columns, args.image_root, labelled=False)
     how = args.device, args.workers, args.batch_size, args.tta
     table = alasa.predict(checkpoint, frame, *how)
-    text = table.to_csv(index=False).encode()
-    alasa.write_file(args.output, lambda file: file.write(text))
+    alasa.write_file(args.output, lambda f: table.to_csv(f, mode="wb", index=False))
     good = (table["label"] != "").to_numpy()
     print(f"{len(table)} rows in {args.output}, {sum(~good)} of them with an error")
     if "label" in frame and good.any():
@@ -49,7 +48,6 @@ def main(args: Namespace) -> int:
 
 def report(labels, table: "pd.DataFrame", classes: list[str], picture: str) -> None:
     """Print the scores of labelled images; draw their confusion matrix and ROC curves."""
-    import matplotlib
     from matplotlib.figure import Figure
     from sklearn.metrics import ConfusionMatrixDisplay, RocCurveDisplay
 
@@ -61,18 +59,16 @@ def report(labels, table: "pd.DataFrame", classes: list[str], picture: str) -> N
     print(", ".join(f"{name} {value:.6g}" for name, value in scores.items()))
     if absent := sorted(set(classes) - set(labels)):
         print(f"auc and wauc are undefined: no image is {absent}")
-    matplotlib.use("Agg")  # no display is needed
     figure = Figure(figsize=(12, 5.5), layout="constrained")
     matrix, roc = figure.subplots(1, 2)
-    many, how = len(classes) > 20, {"labels": classes, "xticks_rotation": "vertical"}
-    ConfusionMatrixDisplay.from_predictions(
-        labels, table["label"], include_values=not many, colorbar=many, ax=matrix, **how
-    )
+    how = {"labels": classes, "xticks_rotation": "vertical", "ax": matrix}
+    how["include_values"] = len(classes) <= 20
+    ConfusionMatrixDisplay.from_predictions(labels, table["label"], **how)
     for k, name in enumerate(classes[:10]):
         if name not in absent and (k or len(classes) > 2):
             RocCurveDisplay.from_predictions(labels == name, p[:, k], name=name, ax=roc)
     roc.set(xlabel="false positive rate", ylabel="true positive rate")
-    alasa.write_file(picture, lambda file: figure.savefig(file, dpi=120))
+    alasa.write_file(picture, lambda f: figure.savefig(f, dpi=120))
     print(f"confusion matrix and ROC curves in {picture}")
 
 
@@ -80,8 +76,7 @@ if __name__ == "__main__":
     args = parser.parse_args()
     if min(args.workers, args.batch_size) < 0:
         parser.error("--workers and --batch-size are at least 0")
-    # Late, as torch takes seconds to import and --help should not.
-    import pandas as pd
+    import pandas as pd  # late, as in train.py
 
     import alasa
 

@@ -73,16 +73,14 @@ def write_digits() -> None:
     names = [f"images/{row:04d}.png" for row in range(len(digits.images))]
     for name, pixels in zip(names, digits.images):
         Image.fromarray((pixels * 255 / 16).round().astype("u1")).save(f"digits/{name}")
-    rows = pd.DataFrame({"image": names, "label": digits.target})
-    rows = rows.sample(frac=1, random_state=0)
+    rows = pd.Series(digits.target, names, name="label").sample(frac=1, random_state=0)
     splits = {"test": rows[:300], "valid": rows[300:600], "train": rows[600:]}
     for split, part in splits.items():
-        part.to_csv(f"digits/{split}.csv", index=False)
+        part.to_csv(f"digits/{split}.csv", index_label="image")
 
 
-def main(flags: list[str]) -> None:
-    """Train as the flags say, or the demo."""
-    settings = parse(flags)
+if __name__ == "__main__":
+    settings = parse(flags := sys.argv[1:])
     import alasa  # late, as torch takes seconds to import and --help should not
 
     if not settings["train_csv"]:
@@ -94,7 +92,3 @@ def main(flags: list[str]) -> None:
             last = alasa.load_checkpoint(f"{settings['out']}/last.pt")
             settings["overwrite"] |= last["settings"]["train_csv"] == "digits/train.csv"
     alasa.run_script(lambda: alasa.fit(settings) and 0)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
