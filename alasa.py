@@ -217,24 +217,27 @@ class AlasaDataset(Dataset):
 
     def read_batch(self, epoch: int, rows: list[int]) -> tuple:
         """Return {row that was read: path}, images [B, 3, H, W], {other row: error}, a seed
-        for the step.  What is random depends on (seed, epoch, row) alone."""
-        images, errors = {}, {}
+        for the step.  What is random depends on (seed, epoch, row) alone; rows beyond the
+        last are the same images again, seen in other ways."""
+        paths, images, errors = {}, {}, {}
         for row in rows:
             torch.manual_seed(derive_seed("image", self.seed, epoch, row))
+            index = row % len(self)
             try:
-                images[row] = self[row] if self.split == "test" else self[row][0]
+                images[row] = self[index] if self.split == "test" else self[index][0]
+                paths[row] = self.paths[index]
             except AlasaError as error:
                 errors[row] = str(error)
-        sizes = {image.shape[:0:-1]: self.paths[row] for row, image in images.items()}
+        sizes = {images[row].shape[:0:-1]: path for row, path in paths.items()}
         if len(sizes) > 1:
             named = [f"{path} is {w}x{h}" for (w, h), path in sizes.items()][:2]
-            mixed = f"a batch needs one size: {', '.join(named)}; give --image-size"
-            images, errors = {}, errors | dict.fromkeys(images, mixed)
+            flag = "--batch-size 1" if self.split == "test" else "--image-size"
+            mixed = f"a batch needs one size: {', '.join(named)}; give {flag}"
+            paths, errors = {}, errors | dict.fromkeys(paths, mixed)
         # Channels last, as decoded and as convolutions like it.  A worker's default_collate
         # stacks into shared memory, where torch.stack would leave that to a silent thread.
-        pixels = [image.permute(1, 2, 0) for image in images.values()]
+        pixels = [images[row].permute(1, 2, 0) for row in paths]
         stacked = default_collate(pixels or [torch.empty(0, 0, 3)]).permute(0, 3, 1, 2)
-        paths = {row: self.paths[row] for row in images}
         return paths, stacked, errors, derive_seed("step", self.seed, epoch, rows)
 
     def plan(self, epoch: int, batch_size: int, balance=False) -> list[list[int]]:
@@ -250,6 +253,8 @@ class AlasaDataset(Dataset):
         if balance:
             weights = torch.tensor(1 / np.bincount(self.labels)[self.labels])
             order = torch.multinomial(weights, len(self), True, generator=generator)
+            # What is drawn twice is to look new, so that no two rows are the same.
+            order += torch.arange(len(self)) * len(self)
         whole = [rows[: len(rows) // WORLD * WORLD] for rows in order.split(batch_size)]
         # Batch normalisation cannot train on one image: a last batch of one is dropped.
         return [rows[RANK::WORLD].tolist() for rows in whole if len(rows) > WORLD]
@@ -285,7 +290,8 @@ def read_ahead(data: AlasaDataset, epochs: Iterable[int], device, workers: int, 
                     f"the workers failed, try --workers 0: {why}"
                 ) from error
             torch.manual_seed(seed)  # for dropout
-            labels = torch.tensor([data.labels[row] for row in rows], device=device)
+            labels = [data.labels[row % len(data)] for row in rows]
+            labels = torch.tensor(labels, device=device)
             yield rows, normalise(images.to(device, non_blocking=True)), labels, errors
 
     return (one_pass(len(data.plan(epoch, *how))) for epoch in epochs)
