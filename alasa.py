@@ -38,7 +38,9 @@ from torchvision.transforms import v2
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet, for RGB in 0..1
 VIEWS = {"none": 1, "flip": 2, "crop": 2, "d4": 8}  # how many each augmentation shows
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-OPTIMIZERS = {"adamw": torch.optim.AdamW, "sgd": partial(torch.optim.SGD, momentum=0.9)}
+OPTIMIZERS = {"adamw": partial(torch.optim.AdamW, fused=True)}
+# Not fused, as then its momentum would stay uninitialised if fp16 skips the first step.
+OPTIMIZERS |= {"sgd": partial(torch.optim.SGD, momentum=0.9)}
 VERSIONS = {m.__name__: str(m.__version__) for m in (torch, torchvision, Image, np)}
 RUN_FILES = ("last.pt", "best.pt", "log.csv", "losses.png")
 # A resumed run may change these flags: none moves a weight.
@@ -587,7 +589,7 @@ def fit(settings: dict, criterion: nn.Module | None = None) -> list[dict[str, fl
 def run_epochs(run: dict, model: nn.Module, data, passes, criterion, amp) -> None:
     """Train, evaluate, step and save, until the epochs or the patience end."""
     s, history = Namespace(**run["settings"]), run["history"]
-    rates = {"lr": s.lr, "weight_decay": s.weight_decay, "fused": True}
+    rates = {"lr": s.lr, "weight_decay": s.weight_decay}
     optimizer = OPTIMIZERS[s.optimizer](model.parameters(), **rates)
     scheduler = ReduceLROnPlateau(optimizer, "max", factor=0.5, patience=2)
     scaler = torch.amp.GradScaler(amp.device, enabled=s.precision == "fp16")

@@ -339,7 +339,12 @@ def test_any_number_of_workers_gives_the_same_bits(reference, how, workers):
 
 
 @pytest.mark.parametrize(
-    "more", ["--balance", "--precision bf16", "--augment crop --optimizer sgd"]
+    "more",
+    [
+        "--balance",
+        "--precision bf16",
+        "--augment crop --optimizer sgd --precision fp16",
+    ],
 )
 def test_a_resumed_run_ends_bit_identical(more):
     more += " --arch mobilenet_v3_small"
@@ -488,6 +493,23 @@ def test_a_bad_loss_stops_the_run_and_a_bad_plot_warns(monkeypatch, capfd):
 def test_a_bug_keeps_its_traceback_and_ends_the_workers(capfd):
     assert fork(train_and_act, lambda: {}["bug"]) == 1
     assert "KeyError: 'bug'" in capfd.readouterr().err
+
+
+def test_a_run_without_a_finite_score_says_so_and_can_be_resumed(reference, capsys):
+    more = "--optimizer sgd --lr 1e18 --batch-size 13 --epochs 1"
+    fit(more)
+    fit(f"{more} --resume")
+    assert capsys.readouterr().out.count("best: none yet\n") == 2
+    shutil.copytree(reference, "lost")
+    os.remove("lost/best.pt")
+    with refused("lost/best.pt: not a checkpoint.*No such file"):
+        fit("--resume --out lost")
+
+
+def test_sgd_survives_a_first_step_that_fp16_skips(monkeypatch):
+    garbage = partial(torch.full_like, fill_value=math.inf)
+    monkeypatch.setattr(torch, "empty_like", garbage)
+    fit("--optimizer sgd --precision fp16")
 
 
 def limited(size: int, more: str) -> None:
