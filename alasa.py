@@ -24,6 +24,8 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # or DDP warns of no harm
+
 import numpy as np
 import pandas as pd
 import torch
@@ -597,8 +599,10 @@ def run_epochs(run: dict, model: nn.Module, data, passes, criterion, amp) -> Non
     parts |= {"scheduler": scheduler, "scaler": scaler}
     for name in parts if s.resume else ():
         parts[name].load_state_dict(run.pop(name))
-    net = torch.compile(model) if s.compile else model
-    net = nn.parallel.DistributedDataParallel(net) if WORLD > 1 else net
+    # What they learn from the first steps, a resumed run would not know.
+    net = torch.compile(model, dynamic=False) if s.compile else model
+    if WORLD > 1:
+        net = nn.parallel.DistributedDataParallel(net, find_unused_parameters=True)
     try:
         os.makedirs(s.out, exist_ok=True)
         for train, valid in zip(*passes):
