@@ -161,9 +161,10 @@ def check_splits(train: pd.DataFrame, valid: pd.DataFrame) -> list[str]:
 def read_image(path: str) -> Image.Image:
     """Decode an image's first frame, upright, as 8-bit RGB; AlasaError if that fails.
     16-bit grey levels are divided by 257, transparency is laid over white."""
-    with blame(f"{path}: not a readable image"):
-        Image.open(path).verify()  # a PNG's checksums, which decoding skips
-        image = Image.open(path)
+    # Of a path that is no open file, Pillow would scramble turned TIFFs.
+    with blame(f"{path}: not a readable image"), open(path, "rb") as file:
+        Image.open(file).verify()  # a PNG's checksums, which decoding skips
+        image = Image.open(file)
         ImageOps.exif_transpose(image, in_place=True)
         if image.mode[0] in "IF":  # Pillow's own conversion clips at 255
             grey = np.asarray(image)

@@ -194,7 +194,9 @@ def test_every_kind_of_image_is_read_right():
     assert (film == np.asarray(Image.open("image").convert("RGB"))).all()
     exif, wide = Image.Exif(), picture(4, (20, 10))
     exif[0x0112] = 6  # to be turned by a quarter
-    assert (read(wide, exif=exif) == np.rot90(np.asarray(wide), -1)).all()
+    for kind, how in (("PNG", {"exif": exif}), ("TIFF", {"tiffinfo": {0x0112: 6}})):
+        turned = read(wide.convert("RGBA"), kind, **how)
+        assert (turned == np.rot90(np.asarray(wide), -1)).all()
     with refused("32-bit"):
         read(Image.fromarray(np.full((2, 2), 1e6, np.float32)), "TIFF")
 
