@@ -420,19 +420,21 @@ def evaluate(model, batches, labels: list[int], criterion, amp) -> dict[str, flo
     """Return the loss and the `score` of a labelled split, over all processes."""
     results = infer(model, batches, amp)
     refuse(result for result in results if isinstance(result, str))
-    logits = torch.from_numpy(np.stack(results))
-    loss = criterion(logits, torch.tensor(labels)).item()
+    logits, y = torch.from_numpy(np.stack(results)), torch.tensor(labels)
+    device = next(model.parameters()).device  # where a criterion has its weights
+    loss = criterion(logits.to(device), y.to(device)).item()
     scores = score(labels, logits.double().softmax(1).numpy())
     return {"valid_loss": loss, "valid_accuracy": scores.pop("accuracy")} | scores
 
 
 def score(labels: list[int], p: np.ndarray) -> dict[str, float]:
     """Return accuracy, auc and wauc for class indices [N] and probabilities [N, classes].
-    auc is the mean over each class against the rest, wauc that of P(not class 0).  They are
-    NaN where a class has no image or p is not finite."""
+    auc is that of P(class 1), or of more classes the mean over each against the rest; wauc
+    that of P(not class 0).  They are NaN where a class has no image or p is not finite."""
     y, auc, wauc = np.array(labels), math.nan, math.nan
     if np.isfinite(p).all() and len(set(labels)) == p.shape[1]:
-        aucs = [weighted_auc(y == k, p[:, k], 0) for k in range(p.shape[1])]
+        ranked = range(p.shape[1]) if p.shape[1] > 2 else [1]
+        aucs = [weighted_auc(y == k, p[:, k], 0) for k in ranked]
         auc, wauc = float(np.mean(aucs)), weighted_auc(y != 0, p[:, 1:].sum(1))
     return {"accuracy": float((p.argmax(1) == y).mean()), "auc": auc, "wauc": wauc}
 
@@ -551,7 +553,8 @@ def start(name: str, precision: str) -> tuple[torch.device, str, torch.autocast]
 
 def fit(settings: dict, criterion: nn.Module | None = None) -> list[dict[str, float]]:
     """Train as the flags of train.py say, keep RUN_FILES in `out`; return the history.
-    criterion(logits [B, classes], labels [B]) is a mean loss, by default cross entropy."""
+    criterion(logits [B, classes], labels [B]) is a mean loss, by default cross entropy;
+    its tensors, if any, are on the device."""
     s = Namespace(**settings)
     device, s.precision, amp = start(s.device, s.precision)
     columns = {"image": s.image_column, "label": s.label_column}

@@ -131,7 +131,7 @@ def test_scores_equal_independent_oracles_on_random_ties():
     rng = np.random.default_rng(0)
     for trial in range(200):
         labels = np.r_[0, 1, rng.integers(0, 2, rng.integers(1, 40))]
-        scores = rng.integers(0, rng.integers(1, 12), len(labels)) / 16
+        scores = (rng.integers(0, rng.integers(1, 12), len(labels)) / 16) ** 20
         found = alasa.score(labels.tolist(), np.stack([1 - scores, scores], 1))
         assert found["auc"] == pytest.approx(brute_force_auc(labels, scores, 0))
         assert found["wauc"] == pytest.approx(brute_force_auc(labels, scores, 0.4))
