@@ -491,8 +491,9 @@ def open_run(settings: dict) -> dict:
     out, run = settings["out"], {"history": []}
     found = [name for name in RUN_FILES if os.path.exists(f"{out}/{name}")]
     if settings["resume"]:
-        load_checkpoint(f"{out}/best.pt")  # or the best epoch would be lost silently
         run = load_checkpoint(f"{out}/last.pt")
+        if best_epoch(run["history"], settings["monitor"]) >= 0:
+            load_checkpoint(f"{out}/best.pt")  # or it would be lost silently
         then = {key: run["settings"].get(key) for key in settings.keys() - FREE}
         changed = sorted(key for key in then if then[key] != settings[key])
         refuse(f"--resume: {x} was {then[x]!r}, now {settings[x]!r}" for x in changed)
@@ -626,7 +627,8 @@ def run_epochs(run: dict, model: nn.Module, data, passes, criterion, amp) -> Non
                 save_epoch(run | {"history": [*history, row]}, parts)
             history.append(row)
             print(", ".join(f"{name} {value:.6g}" for name, value in row.items()))
-        print(f"best: epoch {best_epoch(history, s.monitor) + 1}, in {s.out}/best.pt")
+        best = best_epoch(history, s.monitor) + 1
+        print(f"best: epoch {best}, in {s.out}/best.pt" if best else "best: none yet")
     finally:
         if STOP:
             print(f"interrupted; epochs in {s.out} for --resume: {len(history)}")

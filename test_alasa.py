@@ -414,7 +414,7 @@ def test_a_mistake_is_one_line_and_leaves_nothing_behind(monkeypatch, capsys):
         "--weights V7": "--weights V7: not a file of weights nor of .*IMAGENET1K_V1",
         "--weights DEFAULT": "download.pytorch.org.*checkpoints.*--weights FILE or none",
         "--device cuda:7": "--device cuda:7",
-        "--resume": "best.pt: not a checkpoint of train.py: .*No such file",
+        "--resume": "last.pt: not a checkpoint of train.py: .*No such file",
         "--image-root /nowhere": "line 2: /nowhere/train 0.png is missing",
         "--image-column img": "needs one column 'img'",
         "--workers -1": "out of range",
