@@ -466,6 +466,8 @@ def write_file(path: str, write: Callable[[object], object]) -> None:
     part = Path(f"{path}.part")
     with blame(f"{path}: cannot be written"):
         try:
+            if os.path.exists(path) and not os.path.isfile(path):
+                raise OSError("not a regular file")  # it may be /dev/null
             with open(part, "wb") as file:
                 write(file)
                 file.flush()

@@ -526,6 +526,9 @@ def test_a_full_disk_is_one_line_and_leaves_old_files_whole(reference, capfd):
         assert fork(limited, 500_000, more) == 2
         fault = "error: .*/(last|best).pt: cannot be written: .*too large\n"
         assert re.fullmatch(fault, capfd.readouterr().err)
+    os.mkfifo("device")
+    with refused("device: cannot be written: not a regular file"):
+        alasa.write_file("device", bool)
     after = contents("runs")
     assert after.keys() == before.keys() and not os.path.exists("new")
     assert all(after[name] == before[name] for name in ("best.pt", "last.pt"))
