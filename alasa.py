@@ -130,7 +130,7 @@ def check_splits(train: pd.DataFrame, valid: pd.DataFrame) -> list[str]:
     Print how many images each has, and what chance would score.
     AlasaError if an image is missing, or if the AUC would be undefined or a lie."""
     labels = set(train["label"])
-    numbers = all(label.removeprefix("-").isdecimal() for label in labels)
+    numbers = all((x[1:] if x[0] in "+-" else x).isdecimal() for x in labels)
     classes = sorted(labels, key=lambda label: (int(label) if numbers else 0, label))
     if len(classes) == 1:
         raise AlasaError(f"training has one class only: {classes[0]!r}")

@@ -260,7 +260,7 @@ def test_cells_stay_what_they_are():
 def test_splits_with_an_undefined_or_flattering_auc_are_refused(capsys):
     train, valid = [alasa.read_csv(f"{split}.csv", COLUMNS) for split in SPLITS]
     assert alasa.check_splits(train, valid) == ["ant", "cat"]
-    numbers = [str(i) for i in range(12, -1, -1)]
+    numbers = [f"{i:+}" for i in range(6, -7, -1)]
     other = train.assign(label=numbers, path="valid 0.png")
     assert alasa.check_splits(train.assign(label=numbers), other) == numbers[::-1]
     missing = r"train.csv line 2: nowhere is missing.*; \.\.\. \(13 in all\)"
