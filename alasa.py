@@ -677,7 +677,8 @@ def run_script(main: Callable[[], int | None]) -> None:
 
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
-    sys.stdout.reconfigure(line_buffering=True)
+    if sys.stdout:  # else it is closed
+        sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     try:
         code = main() or 0
     except BaseException as error:

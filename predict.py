@@ -28,19 +28,24 @@ def main(args: Namespace) -> int:
     checkpoint = alasa.load_checkpoint(args.checkpoint)
     s, places = checkpoint["settings"], range(1, len(args.images) + 1)
     frame = pd.DataFrame({"image": args.images}, [f"image {n}" for n in places])
+    csv = args.test_csv or os.path.join(os.path.dirname(s["train_csv"]), "test.csv")
+    picture = f"{os.path.splitext(args.output)[0]}.png"
+    if len({*map(os.path.realpath, (args.output, csv, picture))}) < 3:
+        raise alasa.AlasaError(f"--output {args.output}: is the test CSV, or a PNG")
     if not args.images:
         image = args.image_column or s["image_column"]
         columns = {"image": image, "label": args.label_column or s["label_column"]}
-        csv = args.test_csv or os.path.join(os.path.dirname(s["train_csv"]), "test.csv")
         frame = alasa.read_csv(csv, columns, args.image_root, labelled=False)
     how = args.device, args.workers, args.batch_size, args.tta
     table = alasa.predict(checkpoint, frame, *how)
-    alasa.write_file(args.output, lambda f: table.to_csv(f, mode="wb", index=False))
+    how = {"mode": "wb", "index": False, "errors": "surrogateescape"}
+    alasa.write_file(args.output, lambda file: table.to_csv(file, **how))
     good = (table["label"] != "").to_numpy()
     print(f"{len(table)} rows in {args.output}, {sum(~good)} of them with an error")
     if "label" in frame and good.any():
-        picture = f"{os.path.splitext(args.output)[0]}.png"
-        report(frame["label"].to_numpy()[good], table[good], s["classes"], picture)
+        labels = frame["label"].to_numpy()[good]
+        with alasa.blame(f"{picture} cannot be drawn"):
+            report(labels, table[good], s["classes"], picture)
     if len(table) <= 20:
         print(table.to_string(index=False))
     return 0 if good.all() else 1
@@ -48,6 +53,7 @@ def main(args: Namespace) -> int:
 
 def report(labels, table: "pd.DataFrame", classes: list[str], picture: str) -> None:
     """Print the scores of labelled images; draw their confusion matrix and ROC curves."""
+    from matplotlib import rcParams
     from matplotlib.figure import Figure
     from sklearn.metrics import ConfusionMatrixDisplay, RocCurveDisplay
 
@@ -59,6 +65,7 @@ def report(labels, table: "pd.DataFrame", classes: list[str], picture: str) -> N
     print(", ".join(f"{name} {value:.6g}" for name, value in scores.items()))
     if absent := sorted(set(classes) - set(labels)):
         print(f"auc and wauc are undefined: no image is {absent}")
+    rcParams["text.parse_math"] = False  # a class may be called $
     figure = Figure(figsize=(12, 5.5), layout="constrained")
     matrix, roc = figure.subplots(1, 2)
     how = {"labels": classes, "xticks_rotation": "vertical", "ax": matrix}
@@ -68,7 +75,7 @@ def report(labels, table: "pd.DataFrame", classes: list[str], picture: str) -> N
         if name not in absent and (k or len(classes) > 2):
             RocCurveDisplay.from_predictions(labels == name, p[:, k], name=name, ax=roc)
     roc.set(xlabel="false positive rate", ylabel="true positive rate")
-    alasa.write_file(picture, lambda f: figure.savefig(f, dpi=120))
+    alasa.write_file(picture, lambda file: figure.savefig(file, dpi=120))
     print(f"confusion matrix and ROC curves in {picture}")
 
 

@@ -621,6 +621,20 @@ def test_predict_keeps_the_row_of_a_bad_image(reference):
     assert table.isna().sum(axis=1).tolist() == [0, 4, 4, 0]  # all but the image
 
 
+def test_predict_overwrites_no_input_and_says_how_to_read_mixed_sizes(capfd):
+    fit("--epochs 1 --image-size 0")
+    for name in ("valid.csv", "valid.png"):
+        assert fork(predict, "--test-csv=valid.csv", f"--output={name}") == 2
+        assert "is the test CSV, or a PNG\n" in capfd.readouterr().err
+    images = ["valid 1.png", "odd \udcff.png"]
+    picture(6, (40, 50)).save(images[1])
+    assert fork(predict, *images) == 1
+    assert "give --batch-size 1" in capfd.readouterr().out
+    assert fork(predict, *images, "--batch-size=1") == 0
+    table = pd.read_csv("predictions.csv", encoding_errors="surrogateescape")
+    assert table["image"].tolist() == images
+
+
 def test_tta_of_an_image_and_of_its_quarter_turn_agree(reference):
     picture(7).save("a.png")
     picture(7).transpose(Image.Transpose.ROTATE_90).save("b.png")
