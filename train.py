@@ -24,7 +24,7 @@ add("--image-size", type=int, default=0, help="pixels; 0: native, never resized"
 add("--augment", choices=["d4", "flip", "crop", "none"], default="d4", help="at random")
 add("--balance", action="store_true", help="draw all classes equally often")
 add("--check-images", action="store_true", help="decode all images before training")
-add("--workers", type=int, default=WORKERS, help="processes that decode images")
+add("--workers", type=int, default=WORKERS, help="processes that decode, per CSV")
 add = parser.add_argument_group("model").add_argument
 add("--arch", default="resnet18", help="any torchvision classifier")
 add("--weights", default="DEFAULT", help="torchvision's name, a file, or none")
