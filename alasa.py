@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
-os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # or DDP warns of no harm
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # DDP warns of no fault
 
 import numpy as np
 import pandas as pd
