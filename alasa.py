@@ -291,9 +291,8 @@ def read_ahead(data: AlasaDataset, epochs: Iterable[int], device, workers: int, 
                 rows, images, errors, seed = next(batches)
             except lost as error:
                 why = str(error).strip().split("\n")[-1]  # less the worker's traceback
-                raise AlasaError(
-                    f"the workers failed, try --workers 0: {why}"
-                ) from error
+                what = "the workers failed, try --workers 0"
+                raise AlasaError(f"{what}: {why}") from error
             torch.manual_seed(seed)  # for dropout
             labels = [data.labels[row % len(data)] for row in rows]
             labels = torch.tensor(labels, device=device)
