@@ -428,14 +428,18 @@ def evaluate(model, batches, labels: list[int], criterion, amp) -> dict[str, flo
 
 def score(labels: list[int], p: np.ndarray) -> dict[str, float]:
     """Return accuracy, auc and wauc for class indices [N] and probabilities [N, classes].
-    auc is that of P(class 1), or of more classes the mean over each against the rest; wauc
-    that of P(not class 0).  They are NaN where a class has no image or p is not finite."""
-    y, auc, wauc = np.array(labels), math.nan, math.nan
-    if np.isfinite(p).all() and len(set(labels)) == p.shape[1]:
-        ranked = range(p.shape[1]) if p.shape[1] > 2 else [1]
-        aucs = [weighted_auc(y == k, p[:, k], 0) for k in ranked]
-        auc, wauc = float(np.mean(aucs)), weighted_auc(y != 0, p[:, 1:].sum(1))
-    return {"accuracy": float((p.argmax(1) == y).mean()), "auc": auc, "wauc": wauc}
+    auc is the mean over each class against the rest, wauc that of P(not class 0).  They are
+    NaN where a class has no image, and all three where p is not finite."""
+    y, scores = np.array(labels), dict.fromkeys(("accuracy", "auc", "wauc"), math.nan)
+    if np.isfinite(p).all():
+        scores["accuracy"] = float((p.argmax(1) == y).mean())
+        if len(set(labels)) == p.shape[1]:
+            with np.errstate(divide="ignore"):  # odds rank where p is rounded to 1
+                odds = [np.delete(p, k, 1).sum(1) / p[:, k] for k in range(p.shape[1])]
+            aucs = [weighted_auc(y != k, against, 0) for k, against in enumerate(odds)]
+            scores["auc"] = float(np.mean(aucs))
+            scores["wauc"] = weighted_auc(y != 0, odds[0])
+    return scores
 
 
 def weighted_auc(y_true: np.ndarray, y_score: np.ndarray, twice: float = 0.4) -> float:
@@ -658,7 +662,7 @@ def predict(
     good = np.isfinite(p).all(1)
     table = pd.DataFrame({"image": frame["image"].tolist()})
     table["label"] = np.where(good, np.array(s.classes)[p.argmax(1)], "")
-    table["score"] = p[:, 1:].sum(1)
+    table["score"] = p[:, 1:].sum(1).clip(max=1)
     table[[f"p_{name}" for name in s.classes]] = p
     if not good.all():
         table["error"] = np.where(good, "", [str(result) for result in results])
