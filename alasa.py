@@ -168,8 +168,11 @@ def read_image(path: str) -> Image.Image:
         ImageOps.exif_transpose(image, in_place=True)
         if image.mode[0] in "IF":  # Pillow's own conversion clips at 255
             grey = np.asarray(image)
-            if image.mode == "F" or grey.min() < 0 or grey.max() > 65535:
-                raise ValueError("32-bit grey levels")
+            tags = getattr(image, "tag_v2", {})  # of a TIFF: bits, what 0 means
+            odd = tags.get(258, (16,)) != (16,) or tags.get(262) == 0
+            odd |= "transparency" in image.info or image.mode == "F"
+            if odd or grey.min() < 0 or grey.max() > 65535:
+                raise ValueError("grey levels that are not plain 16 bits")
             image = Image.fromarray((grey / 257).round().astype(np.uint8))
         elif image.has_transparency_data:
             white = Image.new("RGBA", image.size, "white")
