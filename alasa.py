@@ -125,7 +125,7 @@ def read_csv(path: str, columns: dict, root=None, labelled=True) -> pd.DataFrame
     return frame.assign(path=[os.path.join(root, file) for file in frame["image"]])
 
 
-def check_splits(train: pd.DataFrame, valid: pd.DataFrame) -> list[str]:
+def check_splits(train: pd.DataFrame, valid: pd.DataFrame, smoothing=0.0) -> list[str]:
     """Return the classes, integers in numerical order; the first is the negative one.
     Print how many images each has, and what chance would score.
     AlasaError if an image is missing, or if the AUC would be undefined or a lie."""
@@ -153,7 +153,7 @@ def check_splits(train: pd.DataFrame, valid: pd.DataFrame) -> list[str]:
     counts = [frame["label"].value_counts()[classes] for frame in (train, valid)]
     print(pd.DataFrame(counts, ["train", "valid"]).T.to_string(index_names=False))
     p, q = (count / count.sum() for count in counts)
-    loss = -(q * np.log(p)).sum()
+    loss = -(((1 - smoothing) * q + smoothing / len(q)) * np.log(p)).sum()
     print(f"chance: loss {loss:.4f}, accuracy {q.max():.4f}, auc 0.5, wauc 0.5857")
     return classes
 
@@ -569,7 +569,7 @@ def fit(settings: dict, criterion: nn.Module | None = None) -> list[dict[str, fl
     columns = {"image": s.image_column, "label": s.label_column}
     paths = s.train_csv, s.valid_csv
     frames = [read_csv(path, columns, s.image_root) for path in paths]
-    classes = check_splits(*frames)
+    classes = check_splits(*frames, s.label_smoothing)
     data_hash = derive_seed([frame[[*columns]].to_numpy().tolist() for frame in frames])
     run = open_run(vars(s) | {"classes": classes, "data_hash": data_hash})
     data = []
