@@ -45,7 +45,7 @@ OPTIMIZERS = {"adamw": partial(torch.optim.AdamW, fused=True)}
 OPTIMIZERS |= {"sgd": partial(torch.optim.SGD, momentum=0.9)}
 VERSIONS = {m.__name__: str(m.__version__) for m in (torch, torchvision, Image, np)}
 RUN_FILES = ("last.pt", "best.pt", "log.csv", "losses.png")
-# A resumed run may change these flags: none moves a weight.
+# A resumed run may change these flags: by themselves they move no weight.
 FREE = {"train_csv", "valid_csv", "image_root", "check_images", "workers", "device"}
 FREE |= {"epochs", "early_stop", "out", "resume", "overwrite"}
 RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -225,7 +225,7 @@ class AlasaDataset(Dataset):
 
     def read_batch(self, epoch: int, rows: list[int]) -> tuple:
         """Return {row that was read: path}, images [B, 3, H, W], {other row: error}, a seed
-        for the step.  What is random depends on (seed, epoch, row) alone; rows beyond the
+        for the step.  What torch draws depends on (seed, epoch, row) alone; rows beyond the
         last are the same images again, seen in other ways."""
         paths, images, errors = {}, {}, {}
         for row in rows:
@@ -563,7 +563,7 @@ def start(name: str, precision: str) -> tuple[torch.device, str, torch.autocast]
 def fit(settings: dict, criterion: nn.Module | None = None) -> list[dict[str, float]]:
     """Train as the flags of train.py say, keep RUN_FILES in `out`; return the history.
     criterion(logits [B, classes], labels [B]) is a mean loss, by default cross entropy;
-    its tensors, if any, are on the device."""
+    its tensors are on the device.  A resumed run needs the same, and the same images."""
     s = Namespace(**settings)
     device, s.precision, amp = start(s.device, s.precision)
     columns = {"image": s.image_column, "label": s.label_column}

@@ -30,12 +30,14 @@ def main(args: Namespace) -> int:
     frame = pd.DataFrame({"image": args.images}, [f"image {n}" for n in places])
     csv = args.test_csv or os.path.join(os.path.dirname(s["train_csv"]), "test.csv")
     picture = f"{os.path.splitext(args.output)[0]}.png"
-    if len({*map(os.path.realpath, (args.output, csv, picture))}) < 3:
-        raise alasa.AlasaError(f"--output {args.output}: is the test CSV, or a PNG")
     if not args.images:
         image = args.image_column or s["image_column"]
         columns = {"image": image, "label": args.label_column or s["label_column"]}
         frame = alasa.read_csv(csv, columns, args.image_root, labelled=False)
+    inputs = [csv, args.checkpoint, *frame.get("path", frame["image"])]
+    outputs = {*map(os.path.realpath, (args.output, picture))}
+    if len(outputs) < 2 or outputs & {*map(os.path.realpath, inputs)}:
+        raise alasa.AlasaError(f"{args.output}: would replace an input, or itself")
     how = args.device, args.workers, args.batch_size, args.tta
     table = alasa.predict(checkpoint, frame, *how)
     how = {"mode": "wb", "index": False, "errors": "surrogateescape"}
@@ -81,6 +83,8 @@ def report(labels, table: "pd.DataFrame", classes: list[str], picture: str) -> N
 
 if __name__ == "__main__":
     args = parser.parse_args()
+    if args.images and args.test_csv:
+        parser.error("give images or --test-csv, not both")
     if min(args.workers, args.batch_size) < 0:
         parser.error("--workers and --batch-size are at least 0")
     import pandas as pd  # late, as in train.py

@@ -629,9 +629,9 @@ def test_predict_keeps_the_row_of_a_bad_image(reference):
 
 def test_predict_overwrites_no_input_and_says_how_to_read_mixed_sizes(capfd):
     fit("--epochs 1 --image-size 0")
-    for name in ("valid.csv", "valid.png"):
+    for name in ("valid.csv", "new.png", "valid 0.csv", "runs/best.pt"):
         assert fork(predict, "--test-csv=valid.csv", f"--output={name}") == 2
-        assert "is the test CSV, or a PNG\n" in capfd.readouterr().err
+        assert "would replace an input, or itself\n" in capfd.readouterr().err
     images = ["valid 1.png", "odd \udcff.png"]
     picture(6, (40, 50)).save(images[1])
     assert fork(predict, *images) == 1
