@@ -601,6 +601,15 @@ def fit(settings: dict, criterion: nn.Module | None = None) -> list[dict[str, fl
     return run["history"]
 
 
+def prepare(model: nn.Module, compiled: bool) -> nn.Module:
+    """Return the model as it is trained: compiled, shared by the processes of torchrun."""
+    # Else both would adapt to the first steps, which a resumed run does not know.
+    net = torch.compile(model, dynamic=False) if compiled else model
+    if WORLD == 1:
+        return net
+    return nn.parallel.DistributedDataParallel(net, find_unused_parameters=True)
+
+
 def run_epochs(run: dict, model: nn.Module, data, passes, criterion, amp) -> None:
     """Train, evaluate, step and save, until the epochs or the patience end."""
     s, history = Namespace(**run["settings"]), run["history"]
@@ -612,10 +621,7 @@ def run_epochs(run: dict, model: nn.Module, data, passes, criterion, amp) -> Non
     parts |= {"scheduler": scheduler, "scaler": scaler}
     for name in parts if s.resume else ():
         parts[name].load_state_dict(run.pop(name))
-    # What they learn from the first steps, a resumed run would not know.
-    net = torch.compile(model, dynamic=False) if s.compile else model
-    if WORLD > 1:
-        net = nn.parallel.DistributedDataParallel(net, find_unused_parameters=True)
+    net = prepare(model, s.compile)
     try:
         os.makedirs(s.out, exist_ok=True)
         for train, valid in zip(*passes):
