@@ -1,10 +1,9 @@
 """Predict with a checkpoint of train.py; without flags, the demo's test images."""
 
 import os
-from argparse import ArgumentDefaultsHelpFormatter as Defaults
 from argparse import ArgumentParser, Namespace
 
-from train import WORKERS
+from train import WORKERS, Defaults
 
 usage = "python predict.py [flags] [photo1.jpg photo2.jpg ...]"
 parser = ArgumentParser(None, usage, __doc__, formatter_class=Defaults)
@@ -45,9 +44,8 @@ def main(args: Namespace) -> int:
     good = (table["label"] != "").to_numpy()
     print(f"{len(table)} rows in {args.output}, {sum(~good)} of them with an error")
     if "label" in frame and good.any():
-        labels = frame["label"].to_numpy()[good]
         with alasa.blame(f"{picture} cannot be drawn"):
-            report(labels, table[good], s["classes"], picture)
+            report(frame["label"][good], table[good], s["classes"], picture)
     if len(table) <= 20:
         print(table.to_string(index=False))
     return 0 if good.all() else 1
@@ -55,8 +53,7 @@ def main(args: Namespace) -> int:
 
 def report(labels, table: "pd.DataFrame", classes: list[str], picture: str) -> None:
     """Print the scores of labelled images; draw their confusion matrix and ROC curves."""
-    from matplotlib import rcParams
-    from matplotlib.figure import Figure
+    from matplotlib.pyplot import Figure, rcParams
     from sklearn.metrics import ConfusionMatrixDisplay, RocCurveDisplay
 
     if unknown := sorted(set(labels) - set(classes)):
@@ -70,9 +67,8 @@ def report(labels, table: "pd.DataFrame", classes: list[str], picture: str) -> N
     rcParams["text.parse_math"] = False  # a class may be called $
     figure = Figure(figsize=(12, 5.5), layout="constrained")
     matrix, roc = figure.subplots(1, 2)
-    how = {"labels": classes, "xticks_rotation": "vertical", "ax": matrix}
-    how["include_values"] = len(classes) <= 20
-    ConfusionMatrixDisplay.from_predictions(labels, table["label"], **how)
+    how = {"labels": classes, "xticks_rotation": 90, "include_values": p.shape[1] <= 20}
+    ConfusionMatrixDisplay.from_predictions(labels, table["label"], ax=matrix, **how)
     for k, name in enumerate(classes[:10]):
         if name not in absent and (k or len(classes) > 2):
             RocCurveDisplay.from_predictions(labels == name, p[:, k], name=name, ax=roc)
