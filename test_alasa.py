@@ -538,6 +538,9 @@ def test_a_full_disk_is_one_line_and_leaves_old_files_whole(reference, capfd):
     after = contents("runs")
     assert after.keys() == before.keys() and not os.path.exists("new")
     assert all(after[name] == before[name] for name in ("best.pt", "last.pt"))
+    with open("runs/last.pt", "rb") as reader:  # it sees the old file or the new
+        alasa.write_file("runs/last.pt", lambda file: file.write(b"new"))
+        assert reader.read() == before["last.pt"]
 
 
 def test_a_lost_worker_or_exhausted_shared_memory_is_one_line(capfd):
