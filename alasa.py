@@ -161,7 +161,7 @@ def check_splits(train: pd.DataFrame, valid: pd.DataFrame, smoothing=0.0) -> lis
 def read_image(path: str) -> Image.Image:
     """Decode an image's first frame, upright, as 8-bit RGB; AlasaError if that fails.
     16-bit grey levels are divided by 257, transparency is laid over white."""
-    # Of a path that is no open file, Pillow would scramble turned TIFFs.
+    # Opened here, as Pillow scrambles TIFFs that EXIF turns if it is given their path.
     with blame(f"{path}: not a readable image"), open(path, "rb") as file:
         Image.open(file).verify()  # a PNG's checksums, which decoding skips
         image = Image.open(file)
