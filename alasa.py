@@ -1,62 +1,76 @@
-"""Fine-tune a pretrained torchvision classifier on the images that two CSV files list.
+"""The parts of a fine-tuned image classifier; train.py and predict.py put them together.
 
     python train.py --train-csv train.csv --valid-csv valid.csv
     python predict.py --checkpoint runs/best.pt --test-csv test.csv
 
-Both scripts only parse flags.  The work is here, in the order in which it is done: seeds,
-CSV rows, images, batches, the model, one epoch, scores, files, and the whole run: `fit`.
+Read it from top to bottom, in the order of the work: errors, seeds, rows, images, batches,
+the model, several processes, one epoch, scores, files, and what a script does to its process.
 """
 
 import contextlib
 import csv
 import ctypes
 import hashlib
+import io
+import itertools
 import math
-import multiprocessing
 import os
 import random
+import re
 import signal
+import stat
 import sys
 import time
+import unicodedata
+import warnings
 import zipfile
-from argparse import Namespace
-from collections.abc import Callable, Iterable, Iterator
+import zlib
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
-
-os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # DDP warns of no fault
+from typing import IO
 
 import numpy as np
 import pandas as pd
 import torch
 import torch.distributed as dist
 import torchvision
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, TiffImagePlugin, UnidentifiedImageError
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import ReduceLROnPlateau
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    WeightedRandomSampler,
+    default_collate,
+)
+from torch.utils.data.distributed import DistributedSampler
+from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.models.vision_transformer import (
+    VisionTransformer,
+    interpolate_embeddings,
+)
 from torchvision.transforms import v2
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet, for RGB in 0..1
-VIEWS = {"none": 1, "flip": 2, "crop": 2, "d4": 8}  # how many each augmentation shows
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-OPTIMIZERS = {"adamw": partial(torch.optim.AdamW, fused=True)}
-# Not fused, as then its momentum would stay uninitialised if fp16 skips the first step.
-OPTIMIZERS |= {"sgd": partial(torch.optim.SGD, momentum=0.9)}
-VERSIONS = {m.__name__: str(m.__version__) for m in (torch, torchvision, Image, np)}
-RUN_FILES = ("last.pt", "best.pt", "log.csv", "losses.png")
-# A resumed run may change these flags: by themselves they move no weight.
-FREE = {"train_csv", "valid_csv", "image_root", "check_images", "workers", "device"}
-FREE |= {"epochs", "early_stop", "out", "resume", "overwrite"}
-RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-STOP: list[int] = []  # the signals met; the lock of an Event is not reentrant
+try:
+    import fcntl
+except (
+    ImportError
+):  # Windows has none: there, nothing keeps a second run out of a folder
+    fcntl = None
 
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else not deterministic
-# glibc returns large buffers to the kernel and faults them in anew at each step; with
-# M_MMAP_MAX (-4) 0 and M_TRIM_THRESHOLD (-1) at most it keeps them: a third faster on a CPU.
-with contextlib.suppress(AttributeError, TypeError):  # no other libc has mallopt
-    ctypes.CDLL(None).mallopt(-4, 0)
-    ctypes.CDLL(None).mallopt(-1, 2**31 - 1)
+IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of RGB in 0..1
+IMAGENET_STD = (0.229, 0.224, 0.225)
+FLAT = 16  # an image whose grey levels span less shows nothing to a person
+IMAGE_EXTENSIONS = (*IMG_EXTENSIONS, ".gif")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# How many views of `d4_view` each augmentation of `make_transform` shows.
+VIEWS = {"none": 1, "flip": 2, "crop": 2, "d4": 8}
+RUN_FILES = ("best.pt", "last.pt", "log.csv", "losses.png", "batch.png")
+
+
+# ---------------------------------------------------------------- errors
 
 
 class AlasaError(Exception):
@@ -64,644 +78,1306 @@ class AlasaError(Exception):
 
 
 @contextlib.contextmanager
-def blame(what: str) -> Iterator[None]:
-    """Turn any exception within into an AlasaError that tells of `what`."""
+def explain(what: str) -> Iterator[None]:
+    """Raise any exception within as an AlasaError: "<what>: <why>"."""
     try:
         yield
     except Exception as error:
-        # torch.save hides a full disk's OSError behind a RuntimeError.
-        cause = (isinstance(error, RuntimeError) and error.__context__) or error
-        why = " ".join(str(cause).split())[:300] or type(cause).__name__
-        raise AlasaError(f"{what}: {why}") from error
+        why = " ".join(str(error).split()) or type(error).__name__
+        raise AlasaError(f"{what}: {why[:300]}") from error
 
 
 def refuse(faults: Iterable[str], most: int = 10) -> None:
     """Raise AlasaError with the first faults and their number, if there are any."""
-    if faults := list(dict.fromkeys(faults)):
-        more = f"; ... ({len(faults)} in all)" if len(faults) > most else ""
-        raise AlasaError("; ".join(faults[:most]) + more)
+    faults = list(faults)
+    if not faults:
+        return
+    message = "; ".join(faults[:most])
+    if len(faults) > most:
+        message += f"; ... ({len(faults)} in all)"
+    raise AlasaError(message)
+
+
+# ---------------------------------------------------------------- seeds
 
 
 def derive_seed(*key: object) -> int:
-    """Return 64 bits that depend on the key alone, so that no state has to be saved."""
-    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "big")
+    """Return 64 bits that depend on the key alone.
+
+    Whoever knows the key, say (seed, epoch, row), draws the same: any worker, any process
+    and a resumed run.  So no state of a random generator is ever saved.
+    """
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return int.from_bytes(digest[:8], "big")
 
 
 def seed_everything(seed: int) -> None:
-    """Seed random, numpy and torch; choose deterministic kernels.
-    Torch warns where CUDA has none: the pooling of vgg and alexnet."""
+    """Seed random, numpy and torch, and choose deterministic kernels.
+
+    Torch warns where CUDA has none: the pooling of vgg and alexnet.
+    """
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for the next line
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # only costs time here
     torch.backends.cudnn.benchmark = False
-    torch.backends.cudnn.allow_tf32 = False  # it would round pixels to 10 bits
+    torch.backends.cudnn.allow_tf32 = False  # would round pixels to 10 bits
 
 
-def read_csv(path: str, columns: dict, root=None, labelled=True) -> pd.DataFrame:
-    """Return as text the columns that {"image": "id", "label": "target"} names, and `path`:
-    relative images start at `root`, by default the CSV's folder.  The index is each row's
-    place, "train.csv line 2".  Only if `labelled` must there be a label."""
-    utf8 = {"newline": "", "encoding": "utf-8-sig"}
-    with blame(f"{path}: not a readable CSV"), open(path, **utf8) as file:
-        reader = csv.reader(file, strict=True)  # pandas would pass rows of odd lengths
-        header = next(reader, [])
-        rows = {f"{path} line {reader.line_num}": row for row in reader if row}
+@contextlib.contextmanager
+def preserved_globals() -> Iterator[None]:
+    """Give the caller back all that `seed_everything` changes."""
+    random_state = random.getstate()
+    numpy_state = np.random.get_state()
+    cublas = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    benchmark = torch.backends.cudnn.benchmark
+    allow_tf32 = torch.backends.cudnn.allow_tf32
+    try:
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            yield
+    finally:
+        random.setstate(random_state)
+        np.random.set_state(numpy_state)
+        if cublas is None:
+            os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
+        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+        torch.backends.cudnn.benchmark = benchmark
+        torch.backends.cudnn.allow_tf32 = allow_tf32
+
+
+# ---------------------------------------------------------------- rows
+
+
+def read_rows(
+    source: str,
+    image_column: str = "image",
+    label_column: str = "label",
+    image_root: str | None = None,
+) -> pd.DataFrame:
+    """Return the rows of a CSV (`read_csv`) or of a folder (`read_folder`)."""
+    if os.path.isdir(source):
+        return read_folder(source)
+    return read_csv(source, image_column, label_column, image_root)
+
+
+def read_csv(
+    path: str,
+    image_column: str = "image",
+    label_column: str = "label",
+    image_root: str | None = None,
+) -> pd.DataFrame:
+    """Return a CSV's rows as a frame of text: `image`, `path`, and `label` if it has any.
+
+    Relative images start at `image_root`, by default the CSV's folder.  The index tells
+    where a row stands: "train.csv line 2".  AlasaError if a row has not as many cells as
+    the header, which pandas would pass, or names no image.
+    """
+    header, rows = read_cells(path)
     if not rows:
         raise AlasaError(f"{path}: has no rows")
-    odd = [place for place, row in rows.items() if len(row) != len(header)]
-    refuse(f"{place}: not {len(header)} cells" for place in odd)
-    frame = pd.DataFrame(index=list(rows))
-    for name, column in columns.items():
-        if header.count(column) == 1:
-            frame[name] = [row[header.index(column)] for row in rows.values()]
-            empty = frame.index[frame[name].str.strip() == ""]
-            refuse(f"{place}: the {name} is empty" for place in empty)
-        elif labelled or name == "image":
-            what = f"{path}: needs one column {column!r}, has {header}"
-            raise AlasaError(f"{what}; give --{name}-column")
-    root = os.path.dirname(path) if root is None else root
-    return frame.assign(path=[os.path.join(root, file) for file in frame["image"]])
+    refuse(
+        f"{path} line {line}: has {len(cells)} cells, not {len(header)}"
+        for line, cells in rows.items()
+        if len(cells) != len(header)
+    )
+    frame = pd.DataFrame(index=[f"{path} line {line}" for line in rows])
+    for name, column in (("image", image_column), ("label", label_column)):
+        if column in header:
+            place = find_column(path, header, column)
+            frame[name] = [cells[place] for cells in rows.values()]
+    if "image" not in frame:
+        find_column(path, header, image_column)
+    refuse(
+        f"{place}: the image is empty"
+        for place, image in frame["image"].items()
+        if not image.strip()
+    )
+    root = os.path.dirname(path) if image_root is None else image_root
+    frame["path"] = [os.path.join(root, image) for image in frame["image"]]
+    return frame
 
 
-def check_splits(train: pd.DataFrame, valid: pd.DataFrame, smoothing=0.0) -> list[str]:
-    """Return the classes, integers in numerical order; the first is the negative one.
-    Print how many images each has, and what chance would score.
-    AlasaError if an image is missing, or if the AUC would be undefined or a lie."""
-    labels = set(train["label"])
-    numbers = all((x[1:] if x[0] in "+-" else x).isdecimal() for x in labels)
-    classes = sorted(labels, key=lambda label: (int(label) if numbers else 0, label))
+def read_cells(path: str) -> tuple[list[str], dict[int, list[str]]]:
+    """Return the header of a CSV, and the cells of each row by its line number."""
+    old_limit = csv.field_size_limit(2**31 - 1)  # a mask in a cell passes 131,072
+    try:
+        with (
+            explain(f"{path}: not a readable CSV"),
+            open(path, newline="", encoding="utf-8-sig") as file,
+        ):
+            reader = csv.reader(file, strict=True)
+            header = next(reader, [])
+            rows = {}
+            for cells in reader:
+                if cells:  # not an empty line
+                    rows[reader.line_num] = cells
+    finally:
+        csv.field_size_limit(old_limit)
+    return header, rows
+
+
+def find_column(path: str, header: list[str], column: str) -> int:
+    """Return the place of a column; AlasaError if it is not there, or there twice."""
+    if header.count(column) == 1:
+        return header.index(column)
+    if column in header:
+        raise AlasaError(f"{path}: has two columns {column!r}")
+    separated = [mark for mark in ";\t|" if len(header) == 1 and mark in header[0]]
+    if separated:
+        raise AlasaError(f"{path}: looks separated by {separated[0]!r}, not by ','")
+    lacks = f"has no column {column!r}, only {header}"
+    raise AlasaError(f"{path}: {lacks}; give --image-column and --label-column")
+
+
+def read_folder(folder: str) -> pd.DataFrame:
+    """Return the images of a folder as `read_csv` does: `image` is relative to the folder.
+
+    Images in folders of their own, at any depth, have the folder's name for a label, as in
+    torchvision's ImageFolder.  Hidden files are left out without a word, others with one.
+    """
+    images, left_out = find_images(folder, deep=False)
+    labels = None
+    if not images:
+        images, labels = [], []
+        for name in sorted(os.listdir(folder)):
+            class_folder = os.path.join(folder, name)
+            if name.startswith(".") or not os.path.isdir(class_folder):
+                continue
+            found, others = find_images(class_folder, deep=True)
+            if not found:
+                raise AlasaError(f"{class_folder}: has no images")
+            images += found
+            labels += [name] * len(found)
+            left_out += others
+    if not images:
+        raise AlasaError(f"{folder}: has no images")
+    if left_out:
+        print0(f"left out, as no images: {len(left_out)} files, first {left_out[0]}")
+    frame = pd.DataFrame({"path": images}, index=[folder] * len(images))
+    frame["image"] = [os.path.relpath(path, folder) for path in images]
+    if labels is not None:
+        frame["label"] = labels
+    return frame
+
+
+def find_images(folder: str, deep: bool) -> tuple[list[str], list[str]]:
+    """Return the paths of a folder's images, sorted, and those of its other files."""
+    images, others = [], []
+    with explain(folder):
+        os.listdir(folder)  # os.walk would be silent about a folder that it cannot read
+    for place, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(files):
+            if name.startswith("."):
+                continue
+            found = images if name.lower().endswith(IMAGE_EXTENSIONS) else others
+            found.append(os.path.join(place, name))
+        if not deep:
+            break
+    return images, others
+
+
+def find_classes(labels: Iterable[str]) -> list[str]:
+    """Return the distinct labels, sorted; as numbers if all are integers."""
+    classes = sorted(set(labels))
+    try:
+        return sorted(classes, key=int)
+    except ValueError:
+        return classes
+
+
+def identify_files(frame: pd.DataFrame) -> list[str]:
+    """Return what tells each row's file from others, however its path is spelled or linked.
+
+    AlasaError with the rows whose file is missing, empty, or a folder.
+    """
+    files, faults = [], []
+    for place, path in frame["path"].items():
+        try:
+            status = os.stat(path)
+        except OSError as error:
+            faults.append(f"{place}: {path!r}: {error.strerror}")
+            continue
+        if not stat.S_ISREG(status.st_mode):
+            faults.append(f"{place}: {path!r} is not a file")
+        elif status.st_size == 0:
+            faults.append(f"{place}: {path!r} is empty")
+        files.append(f"{status.st_dev}:{status.st_ino}")
+    refuse(faults)
+    return files
+
+
+def appearance(label: str) -> str:
+    """Return a label less what nobody sees: how its accents are encoded, characters
+    without width, and where and how wide its spaces are."""
+    composed = unicodedata.normalize("NFKC", label)
+    visible = [mark for mark in composed if unicodedata.category(mark) != "Cf"]
+    return " ".join("".join(visible).split())
+
+
+def check_labels(frame: pd.DataFrame) -> None:
+    """Raise AlasaError if a row has no label, or if two labels look the same."""
+    place = frame.index[0]
+    if "label" not in frame:
+        raise AlasaError(f"{place}: no label; give --label-column, or class folders")
+    refuse(
+        f"{place}: the label is empty"
+        for place, label in frame["label"].items()
+        if not label.strip()
+    )
+    seen, seen_in_lower_case = {}, {}
+    for label in sorted(set(frame["label"])):
+        look = appearance(label)
+        twin = seen.setdefault(look, label)
+        if twin != label:
+            raise AlasaError(
+                f"{twin!a} and {label!a} look the same, but are two labels"
+            )
+        twin = seen_in_lower_case.setdefault(look.casefold(), label)
+        if twin != label:
+            print0(f"warning: {twin!r} and {label!r} are two classes")
+
+
+def check_one_label_each(frame: pd.DataFrame, files: list[str]) -> None:
+    """Raise AlasaError if the same image has two labels."""
+    first_rows, faults = {}, []
+    labels, places = frame["label"].tolist(), frame.index.tolist()
+    for row, file in enumerate(files):
+        first = first_rows.setdefault(file, row)
+        if labels[row] != labels[first]:
+            where = f"{places[first]} and {places[row]}"
+            faults.append(f"{where}: one image, {labels[first]!r} and {labels[row]!r}")
+    refuse(faults)
+
+
+def check_splits(
+    train: pd.DataFrame, valid: pd.DataFrame, monitor: str = "auc"
+) -> list[str]:
+    """Return the classes in order; the first is the negative one.
+
+    AlasaError if an image is missing, has two labels or is in both splits, or if the
+    monitored score would be undefined.
+    """
+    check_labels(train)
+    check_labels(valid)
+    check_labels(pd.concat([train, valid]))
+    classes = find_classes(train["label"])
     if len(classes) == 1:
         raise AlasaError(f"training has one class only: {classes[0]!r}")
-    wrong = valid["label"][~valid["label"].isin(labels)].items()
-    refuse(f"{place}: no training label is {label!r}" for place, label in wrong)
-    absent = sorted(labels - set(valid["label"]))
-    refuse(f"no validation label is {x!r}: its AUC would be undefined" for x in absent)
-    paths = pd.concat([train["path"], valid["path"]])
-    whole = [os.path.isfile(path) and os.path.getsize(path) > 0 for path in paths]
-    wrong = paths[np.logical_not(whole)].items()
-    refuse(f"{place}: {path} is missing or empty" for place, path in wrong)
-    # Two numbers, inode and device, are the same however a file is spelled or linked.
-    seen = {os.stat(path)[1:3] for path in train["path"]}
-    same = [os.stat(path)[1:3] in seen for path in valid["path"]]
-    wrong = valid["path"][same].items()
-    refuse(f"{place}: {path} is a training image too" for place, path in wrong)
-    names = [set(map(os.path.basename, frame["path"])) for frame in (train, valid)]
-    if both := len(names[0] & names[1]):
-        print(f"warning: {both} file names are in both splits: the same scenes?")
-    counts = [frame["label"].value_counts()[classes] for frame in (train, valid)]
-    print(pd.DataFrame(counts, ["train", "valid"]).T.to_string(index_names=False))
-    p, q = (count / count.sum() for count in counts)
-    loss = -(((1 - smoothing) * q + smoothing / len(q)) * np.log(p)).sum()
-    print(f"chance: loss {loss:.4f}, accuracy {q.max():.4f}, auc 0.5, wauc 0.5857")
+    known, present = set(classes), set(valid["label"])
+    refuse(
+        f"{place}: no training label is {label!r}"
+        for place, label in valid["label"].items()
+        if label not in known
+    )
+    absent = [label for label in classes if label not in present]
+    if absent and monitor == "accuracy":
+        print0(f"the AUC is undefined: no validation label is {absent[0]!r}")
+    elif absent:
+        advice = "its AUC would be undefined; --monitor accuracy needs none"
+        refuse(f"no validation label is {label!r}: {advice}" for label in absent)
+
+    train_files, valid_files = identify_files(train), identify_files(valid)
+    check_one_label_each(train, train_files)
+    check_one_label_each(valid, valid_files)
+    trained_on = set(train_files)
+    refuse(
+        f"{place}: {path!r} is a training image too"
+        for file, (place, path) in zip(valid_files, valid["path"].items())
+        if file in trained_on
+    )
+    train_names = set(map(os.path.basename, train["path"]))
+    valid_names = set(map(os.path.basename, valid["path"]))
+    shared = len(train_names & valid_names)
+    if shared:
+        print0(f"warning: {shared} file names are in both splits: the same scenes?")
     return classes
 
 
+def hash_rows(frame: pd.DataFrame) -> int:
+    """Return 64 bits that depend on the rows, and not on where their folder is."""
+    return derive_seed(frame["image"].tolist(), frame["label"].tolist())
+
+
+# ---------------------------------------------------------------- images
+
+
+# What turns an image upright, by its EXIF orientation.
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+
+
 def read_image(path: str) -> Image.Image:
-    """Decode an image's first frame, upright, as 8-bit RGB; AlasaError if that fails.
-    16-bit grey levels are divided by 257, transparency is laid over white."""
-    # Opened here, as Pillow scrambles TIFFs that EXIF turns if it is given their path.
-    with blame(f"{path}: not a readable image"), open(path, "rb") as file:
-        Image.open(file).verify()  # a PNG's checksums, which decoding skips
-        image = Image.open(file)
-        ImageOps.exif_transpose(image, in_place=True)
-        if image.mode[0] in "IF":  # Pillow's own conversion clips at 255
-            grey = np.asarray(image)
-            tags = getattr(image, "tag_v2", {})  # of a TIFF: bits, what 0 means
-            odd = tags.get(258, (16,)) != (16,) or tags.get(262) == 0
-            odd |= "transparency" in image.info or image.mode == "F"
-            if odd or grey.min() < 0 or grey.max() > 65535:
-                raise ValueError("grey levels that are not plain 16 bits")
-            image = Image.fromarray((grey / 257).round().astype(np.uint8))
-        elif image.has_transparency_data:
-            white = Image.new("RGBA", image.size, "white")
-            image = Image.alpha_composite(white, image.convert("RGBA"))
+    """Decode an image's first frame or page, upright, as 8-bit RGB.
+
+    16-bit grey levels are divided by 257; transparency is laid over white, unless all is
+    transparent.  Metadata other than the orientation does not matter.  AlasaError if the
+    image cannot be decoded whole, or if a checksum of a PNG is wrong.
+    """
+    with explain(f"{path}: not a readable image"):
+        data = Path(path).read_bytes()
+        if data.startswith(PNG_SIGNATURE):
+            data = needed_png_chunks(data)
+        try:
+            image = Image.open(io.BytesIO(data))
+        except UnidentifiedImageError:
+            raise ValueError(f"unknown to Pillow, it starts with {data[:24]}") from None
+        image.load()
+        method = UPRIGHT.get(read_orientation(image))
+        if method is not None:
+            image = image.transpose(method)
+        return to_rgb(image)
+
+
+def needed_png_chunks(data: bytes) -> bytes:
+    """Return a PNG less the chunks that its pixels do not need, such as texts, profiles,
+    and animations; ValueError if a checksum of one that they do need is wrong.
+
+    Pillow checks no checksum of pixels, and refuses some images for a text.
+    """
+    kept = [PNG_SIGNATURE]
+    start = len(PNG_SIGNATURE)
+    kind = b""
+    while kind != b"IEND":
+        if start + 12 > len(data):
+            raise ValueError("the file is truncated")
+        length = int.from_bytes(data[start : start + 4], "big")
+        end = start + 12 + length
+        chunk = data[start:end]
+        kind = chunk[4:8]
+        critical = kind[:1].isupper()
+        if critical or kind in (b"tRNS", b"eXIf"):
+            checksum = zlib.crc32(chunk[4:-4])
+            if checksum != int.from_bytes(chunk[-4:], "big"):
+                raise ValueError(f"the checksum of its chunk {kind} is wrong")
+            kept.append(chunk)
+        start = end
+    return b"".join(kept)
+
+
+def read_orientation(image: Image.Image) -> int:
+    """Return the EXIF orientation, 1 to 8; 1 is upright, and where EXIF cannot be read."""
+    orientation = 1
+    with contextlib.suppress(
+        Exception
+    ):  # of many kinds, as EXIF is damaged in many ways
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    return orientation
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Return an image of any mode as 8-bit RGB, as `read_image` says."""
+    tags = getattr(image, "tag_v2", {})  # of a TIFF
+    if image.mode.startswith(("I", "F")):  # Pillow's own conversion clips at 255
+        return grey_to_rgb(image, tags)
+    if not image.has_transparency_data:
         return image.convert("RGB")
+    image = image.convert("RGBA")
+    is_tiff = len(tags) > 0
+    # A fourth channel that the TIFF does not call alpha is often infrared.
+    if is_tiff and TiffImagePlugin.EXTRASAMPLES not in tags:
+        return image.convert("RGB")
+    alpha_is_unused = image.getchannel("A").getextrema() == (0, 0)
+    if alpha_is_unused:
+        return image.convert("RGB")
+    white = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(white, image).convert("RGB")
+
+
+def grey_to_rgb(image: Image.Image, tags: dict) -> Image.Image:
+    """Return 16-bit grey levels as 8-bit RGB; ValueError if their scale is not plain."""
+    grey = np.asarray(image)
+    bits = tags.get(TiffImagePlugin.BITSPERSAMPLE, (16,))
+    white_is_zero = tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0
+    if image.mode == "F" or bits != (16,) or grey.min() < 0 or grey.max() > 65535:
+        raise ValueError("its grey levels are not plain 16 bits")
+    if white_is_zero or "transparency" in image.info:
+        raise ValueError("its grey levels are not plain: inverted or transparent")
+    scaled = (grey / 257).round().astype(np.uint8)
+    return Image.fromarray(scaled).convert("RGB")
 
 
 def d4_view(image: Tensor, view: int) -> Tensor:
-    """Return [..., H, W] as one of the square's eight symmetries shows it: 0 as it is, 1
-    mirrored.  Unless it is square, views 4-7 are 0-3 again, which keep its shape."""
-    image = image.flip(-1) if view & 1 else image
-    image = image.flip(-2) if view & 2 else image
-    square = image.shape[-1] == image.shape[-2]
-    return image.transpose(-2, -1) if view & 4 and square else image
+    """Return [..., H, W] as one of the square's eight symmetries shows it.
+
+    View 0 is the image as it is, 1 mirrors it.  Views 4-7 of an image that is not square
+    are 0-3 again, which keep its shape.
+    """
+    if view & 1:
+        image = image.flip(-1)
+    if view & 2:
+        image = image.flip(-2)
+    if view & 4 and image.shape[-1] == image.shape[-2]:
+        image = image.transpose(-2, -1)
+    return image
 
 
-def make_transform(split: str, size: int = 0, augment: str = "d4") -> v2.Compose:
-    """Return what turns a PIL image into uint8 [3, H, W]; random for "train" alone."""
-    augment = augment if split == "train" else "none"
-    if augment == "crop" and not size:
-        raise AlasaError("--augment crop needs --image-size")
-    resize = [v2.Resize(size), v2.CenterCrop(size)] if size else []
-    crop = [v2.RandomResizedCrop(size)] if augment == "crop" else resize
-    views = [partial(d4_view, view=view) for view in range(VIEWS[augment])]
-    return v2.Compose([*crop, v2.PILToTensor(), v2.RandomChoice(views)])
+def make_transform(size: int = 0, augment: str = "none") -> v2.Compose:
+    """Return what turns a PIL image into uint8 [3, size, size], at native size if 0.
+
+    `augment`, one of VIEWS, is what training draws at random; "crop" is a random resized
+    crop, mirrored or not.
+    """
+    steps = []
+    if augment == "crop":
+        if size == 0:
+            raise AlasaError("--augment crop needs an --image-size above 0")
+        steps.append(v2.RandomResizedCrop(size))
+    elif size > 0:
+        steps.append(v2.Resize(size))
+        steps.append(v2.CenterCrop(size))
+    steps.append(v2.PILToTensor())
+    if augment != "none":
+        views = [partial(d4_view, view=view) for view in range(VIEWS[augment])]
+        steps.append(v2.RandomChoice(views))
+    return v2.Compose(steps)
+
+
+# ---------------------------------------------------------------- batches
 
 
 class AlasaDataset(Dataset):
-    """The images that a frame lists: (image, label), or only the image if split is "test".
-    The frame has the columns `image`, maybe `path`, and class indices `label`; its index is
-    what an error calls a row.  `transform` takes an RGB PIL image and returns [3, H, W]:
-    uint8, or floats of any scale.  dataset[epoch, rows] is what `read_batch` returns."""
+    """The images that a frame lists: (image, label) pairs, or images only to "test".
 
-    def __init__(self, frame: pd.DataFrame, split: str, transform=None, seed: int = 0):
-        self.split, self.seed, self.places = split, seed, frame.index.tolist()
-        self.transform = transform or make_transform(split)
+    The frame is `read_rows`'s, with class indices for labels.  `transform` takes an RGB
+    PIL image and returns [3, H, W]: uint8, or floats that are normalised already.  By
+    default images keep their size, and training sees them in a random view of D4.
+
+    What the transform draws from torch depends on (seed, epoch, item) alone; call
+    `set_epoch` before each pass.  With `balance`, each epoch draws its items anew, so that
+    every class is drawn as often.
+    """
+
+    def __init__(
+        self, frame: pd.DataFrame, split: str, transform=None, seed=0, balance=False
+    ):
+        if transform is None:
+            transform = make_transform(augment="d4" if split == "train" else "none")
+        self.split = split
+        self.transform = transform
+        self.seed = seed
+        self.balance = balance
+        self.places = frame.index.tolist()
         self.paths = frame.get("path", frame["image"]).tolist()
-        self.labels = [-1] * len(frame) if split == "test" else frame["label"].tolist()
+        self.labels = None if split == "test" else frame["label"].tolist()
+        # In shared memory, as workers live on from epoch to epoch and would not see
+        # attributes change, nor the main process theirs.
+        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self.rows = torch.arange(len(frame)).share_memory_()  # the row of each item
+        self.flat = torch.zeros(len(frame), dtype=torch.bool).share_memory_()
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the augmentation, and with `balance` the items, of the next pass."""
+        self.epoch.fill_(epoch)
+        if self.balance:
+            weights = 1 / torch.tensor(self.labels).bincount()
+            generator = torch.Generator()
+            generator.manual_seed(derive_seed("balance", self.seed, epoch))
+            draw = WeightedRandomSampler(
+                weights[self.labels], len(self), generator=generator
+            )
+            self.rows.copy_(torch.tensor(list(draw)))
 
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, key: int | tuple[int, list[int]]) -> tuple | Tensor:
-        if isinstance(key, tuple):
-            return self.read_batch(*key)
-        with blame(self.places[key]):
-            image = read_image(self.paths[key])
-        image = self.transform(image)
-        return image if self.split == "test" else (image, self.labels[key])
-
-    def read_batch(self, epoch: int, rows: list[int]) -> tuple:
-        """Return {row that was read: path}, images [B, 3, H, W], {other row: error}, a seed
-        for the step.  What torch draws depends on (seed, epoch, row) alone; rows beyond the
-        last are the same images again, seen in other ways."""
-        paths, images, errors = {}, {}, {}
-        for row in rows:
-            torch.manual_seed(derive_seed("image", self.seed, epoch, row))
-            index = row % len(self)
-            try:
-                images[row] = self[index] if self.split == "test" else self[index][0]
-                paths[row] = self.paths[index]
-            except AlasaError as error:
-                errors[row] = str(error)
-        sizes = {images[row].shape[:0:-1]: path for row, path in paths.items()}
-        if len(sizes) > 1:
-            named = [f"{path} is {w}x{h}" for (w, h), path in sizes.items()][:2]
-            flag = "--batch-size 1" if self.split == "test" else "--image-size"
-            mixed = f"a batch needs one size: {', '.join(named)}; give {flag}"
-            paths, errors = {}, errors | dict.fromkeys(paths, mixed)
-        # Channels last, as decoded and as convolutions like it.  A worker's default_collate
-        # stacks into shared memory, where torch.stack would leave that to a silent thread.
-        pixels = [images[row].permute(1, 2, 0) for row in paths]
-        stacked = default_collate(pixels or [torch.empty(0, 0, 3)]).permute(0, 3, 1, 2)
-        return paths, stacked, errors, derive_seed("step", self.seed, epoch, rows)
-
-    def plan(self, epoch: int, batch_size: int, balance=False) -> list[list[int]]:
-        """Return the batches that this process reads, as lists of rows.  In training, its
-        share of each batch of the epoch's own order.  In evaluation, and in epoch 0, which
-        checks images, every WORLD-th batch whole: its size moves the last bits of logits."""
-        if self.split != "train" or epoch == 0:
-            batches = torch.arange(len(self)).split(batch_size)[RANK::WORLD]
-            return [rows.tolist() for rows in batches]
-        generator = torch.Generator()
-        generator.manual_seed(derive_seed("order", self.seed, epoch))
-        order = torch.randperm(len(self), generator=generator)
-        if balance:
-            weights = torch.tensor(1 / np.bincount(self.labels)[self.labels])
-            order = torch.multinomial(weights, len(self), True, generator=generator)
-            # What is drawn twice is to look new, so that no two rows are the same.
-            order += torch.arange(len(self)) * len(self)
-        whole = [rows[: len(rows) // WORLD * WORLD] for rows in order.split(batch_size)]
-        # Batch normalisation cannot train on one image: a last batch of one is dropped.
-        return [rows[RANK::WORLD].tolist() for rows in whole if len(rows) > WORLD]
+    def __getitem__(self, item: int) -> Tensor | tuple[Tensor, int]:
+        row = int(self.rows[item])
+        epoch = int(self.epoch)
+        with explain(self.places[row]):
+            image = read_image(self.paths[row])
+        if epoch == 1:
+            spans = [high - low for low, high in image.getextrema()]
+            self.flat[row] = max(spans) <= FLAT
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(
+                derive_seed("image", self.seed, epoch, item)
+            )
+            image = self.transform(image)
+        if self.split == "test":
+            return image
+        return image, self.labels[row]
 
 
-def read_ahead(data: AlasaDataset, epochs: Iterable[int], device, workers: int, *how):
-    """Yield, for each epoch, a pass over data.plan(epoch, *how): batches of {row: path},
-    images [B, 3, H, W] on the device, labels [B], {row that could not be read: error}.
-    Workers start at once, and read on while other things happen."""
-    plan = ((epoch, rows) for epoch in epochs for rows in data.plan(epoch, *how))
-    own = torch.Generator()  # else the loader draws a seed from the global one
-    more = {"pin_memory": device.type == "cuda", "generator": own}
-    loader = DataLoader(data, None, sampler=plan, num_workers=workers, **more)
-    with blame("the workers cannot start, try --workers 0"):
-        batches = iter(loader)
-    # Torch's handler would raise anywhere; that a worker is lost, the next batch tells too.
-    with contextlib.suppress(AttributeError, ValueError):  # Windows, or in a thread
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    lost = (OSError, EOFError, RuntimeError) if workers else ()
+class TolerantDataset(AlasaDataset):
+    """The images to predict; one that cannot be read is the AlasaError that says why."""
 
-    def one_pass(count: int) -> Iterator[tuple]:
-        """Yield the next `count` batches, with a progress line if a terminal watches."""
-        for step in range(1, count + 1):
-            if STOP:
-                raise KeyboardInterrupt
-            if sys.stderr.isatty() and RANK == 0:
-                print(f"{data.split} {step}/{count}\033[K", end="\r", file=sys.stderr)
-            try:
-                rows, images, errors, seed = next(batches)
-            except lost as error:
-                why = str(error).strip().split("\n")[-1]  # less the worker's traceback
-                what = "the workers failed, try --workers 0"
-                raise AlasaError(f"{what}: {why}") from error
-            torch.manual_seed(seed)  # for dropout
-            labels = [data.labels[row % len(data)] for row in rows]
-            labels = torch.tensor(labels, device=device)
-            yield rows, normalise(images.to(device, non_blocking=True)), labels, errors
+    def __init__(self, frame: pd.DataFrame, transform=None):
+        super().__init__(frame, "test", transform)
 
-    return (one_pass(len(data.plan(epoch, *how))) for epoch in epochs)
+    def __getitem__(self, item: int) -> Tensor | AlasaError:
+        try:
+            return super().__getitem__(item)
+        except AlasaError as error:
+            return error
 
 
-def normalise(images: Tensor) -> Tensor:
-    """Scale uint8 [B, 3, H, W] to ImageNet's float32; floats stay as they are."""
+def check_sizes(images: list[Tensor]) -> None:
+    """Raise AlasaError unless all images have one size, as a batch needs."""
+    sizes = sorted({f"{image.shape[-1]}x{image.shape[-2]}" for image in images})
+    if len(sizes) > 1:
+        mixed = f"a batch has images of {sizes[0]} and of {sizes[1]} pixels"
+        raise AlasaError(f"{mixed}: give --image-size, or to predict --batch-size 1")
+
+
+def collate(samples: list[tuple[Tensor, int]]) -> list[Tensor]:
+    """Return [images [B, 3, H, W], labels [B]]."""
+    check_sizes([image for image, _ in samples])
+    return default_collate(samples)
+
+
+def collate_tolerant(samples: list[Tensor | AlasaError]) -> tuple[Tensor, list[str]]:
+    """Return the images that could be read, and for each sample its error, or ""."""
+    images, errors = [], []
+    for sample in samples:
+        if isinstance(sample, AlasaError):
+            errors.append(str(sample))
+        else:
+            images.append(sample)
+            errors.append("")
+    check_sizes(images)
+    return default_collate(images or [torch.empty(3, 0, 0)])[: len(images)], errors
+
+
+def start_worker(_: int) -> None:
+    """Quiet a worker: Ctrl-C is the main process's, damaged metadata is nobody's."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    warnings.filterwarnings("ignore", module="PIL")
+
+
+def count_workers() -> int:
+    """Return how many workers may decode images: half of the processors, at most 8."""
+    processors = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):  # a container may have fewer than the machine
+        processors = len(os.sched_getaffinity(0))
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # of torchrun
+    return min(8, processors // 2 // processes)
+
+
+def make_loader(
+    data: AlasaDataset, batch_size: int, workers: int = 0, pin_memory: bool = False
+) -> DataLoader:
+    """Return the batches of this process; in training, its share of each shuffled batch.
+
+    Else every world-th batch, whole: the size of a batch moves the last bits of its logits,
+    which are to be the same for any number of processes.
+    """
+    rank, world = get_rank(), get_world_size()
+    if data.split == "train":
+        # Not the seed itself, as epoch 2 of seed 0 would have the order of epoch 1 of seed 1.
+        seed = derive_seed("order", data.seed) % 2**32
+        sampler = DistributedSampler(data, world, rank, seed=seed, drop_last=True)
+        share = batch_size // world
+        # Batch normalisation cannot train on one image: a last batch of one is left out.
+        batches = BatchSampler(sampler, share, drop_last=len(sampler) % share == 1)
+    else:
+        batches = list(BatchSampler(range(len(data)), batch_size, drop_last=False))
+        batches = batches[rank::world]
+    return DataLoader(
+        data,
+        batch_sampler=batches,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        pin_memory=pin_memory,
+        collate_fn=collate_tolerant if isinstance(data, TolerantDataset) else collate,
+        worker_init_fn=start_worker,
+        generator=torch.Generator(),  # else each pass would draw from the global one
+    )
+
+
+def begin_pass(loader: DataLoader, epoch: int) -> Iterator:
+    """Return the batches of an epoch, which the workers begin to read at once."""
+    loader.dataset.set_epoch(epoch)
+    if loader.dataset.split == "train":
+        loader.batch_sampler.sampler.set_epoch(epoch)
+    return iter(loader)
+
+
+class Progress:
+    """The batches of a pass; on a terminal, a line says how far it is and how long to go."""
+
+    def __init__(self, batches: Iterable, what: str):
+        self.batches = batches
+        self.what = what
+        self.note = ""
+        self.shown = sys.stderr.isatty() and get_rank() == 0
+
+    def __iter__(self) -> Iterator:
+        began = time.monotonic()
+        total = len(self.batches) if hasattr(self.batches, "__len__") else 0
+        for step, batch in enumerate(self.batches, start=1):
+            yield batch
+            if self.shown and total:
+                left = (time.monotonic() - began) / step * (total - step)
+                line = f"{self.what} {step}/{total}, {left:.0f} s left{self.note}"
+                print(f"\r{line}\033[K", end="", file=sys.stderr, flush=True)
+        if self.shown:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+
+# ---------------------------------------------------------------- the model
+
+
+def normalise(images: Tensor, mean=IMAGENET_MEAN, std=IMAGENET_STD) -> Tensor:
+    """Scale uint8 [B, 3, H, W] to float32 of that mean and std; floats stay as they are."""
     if images.is_floating_point():
         return images
-    mean, std = torch.tensor((MEAN, STD), device=images.device).view(2, 3, 1, 1) * 255
-    return images.float().sub_(mean).div_(std)  # in place: five times faster
+    mean = torch.tensor(mean, device=images.device).view(3, 1, 1) * 255
+    std = torch.tensor(std, device=images.device).view(3, 1, 1) * 255
+    images = images.to(torch.float32, memory_format=torch.channels_last)
+    return images.sub_(mean).div_(std)  # in place: five times faster
 
 
 class Float32Conv2d(nn.Conv2d):
-    """A convolution that computes in float32 under autocast too: bfloat16 would move a
-    normalised pixel by up to 0.45 grey levels, and the data hidden in it move it by 1."""
+    """A convolution that computes in float32 under autocast too.
+
+    bfloat16 would move a normalised pixel by up to 0.45 grey levels, and the data hidden in
+    it move it by 1.
+    """
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return float32's features [B, C, H, W], cast to autocast's type."""
-        kind, dtype = images.device.type, images.dtype
-        if torch.is_autocast_enabled(kind):  # a quarter of the memory, 3 % of the time
-            dtype = torch.get_autocast_dtype(kind)
-        with torch.autocast(kind, enabled=False):
-            return super().forward(images).to(dtype)
+        device = images.device.type
+        with torch.autocast(device, enabled=False):
+            features = super().forward(images)
+        if torch.is_autocast_enabled(
+            device
+        ):  # a quarter of the memory, 3 % of the time
+            features = features.to(torch.get_autocast_dtype(device))
+        return features
+
+
+def check_arch(arch: str) -> None:
+    """Raise AlasaError unless it is a torchvision classifier with one head."""
+    several_heads = ["googlenet", "inception_v3"]
+    known = torchvision.models.list_models(torchvision.models, exclude=several_heads)
+    if arch not in known:
+        raise AlasaError(f"--arch {arch} is not supported; choose from {known}")
+
+
+def weights_preset(arch: str, weights: str):
+    """Return how torchvision prepares images for these weights: mean, std, crop_size.
+
+    A file, and no weights at all, are taken like the architecture's default weights.
+    """
+    check_arch(arch)
+    known = torchvision.models.get_model_weights(arch).__members__
+    return known[weights if weights in known else "DEFAULT"].transforms()
+
+
+def default_image_size(arch: str, weights: str) -> int:
+    """Return 224; for a vision transformer, which has one size, that of the weights."""
+    if arch.startswith("vit_"):
+        return weights_preset(arch, weights).crop_size[0]
+    return 224
 
 
 def build_model(
-    arch: str, classes: int, weights="DEFAULT", freeze=False, full_res_stem=False
+    arch: str,
+    classes: int,
+    weights: str = "DEFAULT",
+    freeze: bool = False,
+    full_res_stem: bool = False,
+    image_size: int = 0,
+    class_names: list[str] | None = None,
 ) -> nn.Module:
     """Return a torchvision classifier with pretrained weights and a new last layer.
-    `weights` is a name of torchvision's, a file, or "none".  `freeze` leaves only the last
-    layer trainable.  `full_res_stem` sets the stride of the first convolution, and of
-    pooling right behind it, to 1, so that the stem keeps every pixel."""
-    auxiliary = ["googlenet", "inception_v3"]  # they have more heads than one
-    known = torchvision.models.list_models(torchvision.models, exclude=auxiliary)
-    if arch not in known:
-        raise AlasaError(f"--arch {arch} is not supported; choose from {known}")
-    model = torchvision.models.get_model(arch, num_classes=classes)
-    kinds = (nn.Conv2d, nn.MaxPool2d, nn.Linear)
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, kinds)}
-    (stem, second, *_), (name, head) = layers.values(), list(layers.items())[-1]
+
+    It takes images [B, 3, H, W]: uint8, which it scales by its attributes `mean` and `std`,
+    those of the weights, or floats that are scaled already.  It returns logits [B, classes].
+
+    `weights` is a name of torchvision's, a file, or "none".  A last layer of the right shape
+    is kept if its classes are `class_names`, or if a file does not tell them.
+    `freeze` leaves only the last layer trainable.  `full_res_stem` sets the stride of the
+    first convolution, and of pooling right behind it, to 1, so that the stem keeps every
+    pixel.  `image_size` is for vision transformers, which are made for one size.
+    """
+    preset = weights_preset(arch, weights)
+    options = {"num_classes": classes}
+    if arch.startswith("vit_") and image_size > 0:
+        options["image_size"] = image_size
+    with explain(f"--arch {arch}"):
+        model = torchvision.models.get_model(arch, **options)
     if full_res_stem:
-        if stem.stride != (2, 2):
-            raise AlasaError(f"--full-res-stem: {arch} has no stem of stride 2")
-        stem.stride = (1, 1)
-        second.stride = 1 if isinstance(second, nn.MaxPool2d) else second.stride
+        keep_stem_resolution(model, arch)
     if weights != "none":
-        new = {f"{name}.{key}": tensor for key, tensor in head.state_dict().items()}
-        with blame(f"--weights {weights}"):
-            model.load_state_dict(load_pretrained(arch, weights) | new)
-    model.requires_grad_(not freeze)
-    head.requires_grad_(True)
-    stem.__class__ = Float32Conv2d
+        state, trained_classes = load_pretrained(arch, weights)
+        with explain(f"--weights {weights}"):
+            fit_position_embedding(state, model)
+            same_classes = trained_classes in (None, class_names)
+            kept = fit_head(state, model, same_classes)
+            model.load_state_dict(state)
+        print0(f"weights {weights}: {'with its' if kept else 'with a new'} last layer")
+    stem = next(layer for layer in model.modules() if isinstance(layer, nn.Conv2d))
+    stem.__class__ = Float32Conv2d  # same weights, same names, another forward
+    set_frozen(model, freeze)
+    model.mean, model.std = list(preset.mean), list(preset.std)
+    model.register_forward_pre_hook(normalise_input)
     return model.to(memory_format=torch.channels_last)
 
 
-def load_pretrained(arch: str, weights: str) -> dict[str, Tensor]:
-    """Return the state dict in a file, or torchvision's weights of that name."""
+def normalise_input(model: nn.Module, inputs: tuple[Tensor]) -> Tensor:
+    """Scale the images that are about to enter a model of `build_model`."""
+    return normalise(inputs[0], model.mean, model.std)
+
+
+def keep_stem_resolution(model: nn.Module, arch: str) -> None:
+    """Set the stride of the stem to 1; AlasaError if it is not 2."""
+    kinds = nn.Conv2d | nn.MaxPool2d
+    layers = [layer for layer in model.modules() if isinstance(layer, kinds)]
+    if layers[0].stride != (2, 2):
+        raise AlasaError(f"--full-res-stem: {arch} has no stem of stride 2")
+    layers[0].stride = (1, 1)
+    if isinstance(layers[1], nn.MaxPool2d):
+        layers[1].stride = 1
+
+
+def find_head(model: nn.Module) -> str:
+    """Return the name of the last layer, which gives the logits."""
+    names = []
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            names.append(name)
+    return names[-1]
+
+
+def set_frozen(model: nn.Module, frozen: bool) -> None:
+    """Make all but the last layer trainable, or not."""
+    model.requires_grad_(not frozen)
+    model.get_submodule(find_head(model)).requires_grad_(True)
+
+
+def load_pretrained(
+    arch: str, weights: str
+) -> tuple[dict[str, Tensor], list[str] | None]:
+    """Return the state dict of torchvision's weights of that name, or of a file, and the
+    classes that it was trained on, if they are known.
+
+    A file may be a checkpoint of train.py or another tool's, as long as its parameters
+    have torchvision's names.
+    """
     names = torchvision.models.get_model_weights(arch).__members__
     if weights in names:
         cache = f"{torch.hub.get_dir()}/checkpoints, or give --weights FILE or none"
-        with blame(f"cannot load {names[weights].url}; put it into {cache}"):
-            return torchvision.models.get_model(arch, weights=weights).state_dict()
-    with blame(f"not a file of weights nor of {list(names)}"):
+        with explain(f"cannot load {names[weights].url}; put it into {cache}"):
+            model = torchvision.models.get_model(arch, weights=weights)
+        return model.state_dict(), names[weights].meta["categories"]
+    with explain(f"--weights {weights}: not a file of weights nor of {list(names)}"):
         state = torch.load(weights, map_location="cpu", weights_only=True)
-        return state.get("model", state)
+        classes = state.get("classes")
+        for key in ("model", "state_dict", "model_state_dict"):
+            state = state.get(key, state)
+        for prefix in ("module.", "_orig_mod.", "model."):  # of wrappers that saved it
+            consume_prefix_in_state_dict_if_present(state, prefix)
+        for key in list(state):  # as in torchvision's own old files of densenet
+            new_key = re.sub(r"(denselayer\d+\.\w+)\.([12])\.", r"\1\2.", key)
+            state[new_key] = state.pop(key)
+        return state, classes
 
 
-def exchange(value: object) -> list:
+def fit_position_embedding(state: dict[str, Tensor], model: nn.Module) -> None:
+    """Interpolate a vision transformer's state dict to the image size of the model."""
+    if isinstance(model, VisionTransformer):
+        size, patch = model.image_size, model.patch_size
+        state.update(interpolate_embeddings(size, patch, state))
+
+
+def fit_head(state: dict[str, Tensor], model: nn.Module, same_classes: bool) -> bool:
+    """Return whether the state dict's last layer fits; else put the model's into it."""
+    head = model.get_submodule(find_head(model)).state_dict(
+        prefix=find_head(model) + "."
+    )
+    fits = same_classes
+    for key, new in head.items():
+        if key not in state or state[key].shape != new.shape:
+            fits = False
+    if not fits:
+        state.update(head)
+    return fits
+
+
+# ---------------------------------------------------------------- several processes
+
+
+def get_rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def get_world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def print0(text: str) -> None:
+    """Print in one process only."""
+    if get_rank() == 0:
+        print(text, flush=True)
+
+
+def all_gather(value: object) -> list:
     """Return the value of every process, by rank."""
-    values = [value] * WORLD
-    if WORLD > 1:
+    values = [value] * get_world_size()
+    if len(values) > 1:
         dist.all_gather_object(values, value)
     return values
 
 
+def collect_in_turn(mine: list[Tensor]) -> Tensor:
+    """Return the rows of all batches, which were dealt to the processes in turn."""
+    rounds = itertools.zip_longest(*all_gather(mine))
+    batches = [batch for dealt in rounds for batch in dealt if batch is not None]
+    return torch.cat(batches) if batches else torch.empty(0)
+
+
+def average_gradients(model: nn.Module) -> None:
+    """Replace each gradient by its mean over the processes.
+
+    In place of DistributedDataParallel, which regroups the gradients after its first step,
+    so that a resumed run would round otherwise, and wants to know at once what is frozen.
+    """
+    world = get_world_size()
+    if world == 1:
+        return
+    gradients = []
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            gradients.append(parameter.grad)
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(flat)
+    flat /= world
+    sizes = [gradient.numel() for gradient in gradients]
+    for gradient, mean in zip(gradients, flat.split(sizes)):
+        gradient.copy_(mean.view_as(gradient))
+
+
+def start_device(name: str) -> torch.device:
+    """Return the device to work on; under torchrun, join the other processes."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and dist.is_torchelastic_launched():
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    with explain(f"--device {name}"):
+        device = torch.empty(0, device=name).device
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+    # Not by WORLD_SIZE, which may be left over from something else: it would wait for ever.
+    if dist.is_torchelastic_launched() and not dist.is_initialized():
+        dist.init_process_group()
+    return device
+
+
+def choose_precision(device: torch.device) -> str:
+    """Return what the hardware is made for: "bf16", "fp16", or else "fp32"."""
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        if capability >= (8, 0):
+            return "bf16"
+        if capability >= (7, 0):
+            return "fp16"
+    if device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16"):
+        return "bf16"
+    return "fp32"
+
+
+# ---------------------------------------------------------------- one epoch
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """Return the context in which a model computes in this precision, one of DTYPES."""
+    enabled = precision != "fp32"
+    return torch.autocast(device.type, DTYPES[precision], enabled=enabled)
+
+
+def set_mode(module: nn.Module, training: bool) -> None:
+    """Put a criterion that is a module into training mode, or out of it."""
+    if isinstance(module, nn.Module):
+        module.train(training)
+
+
+def set_training_mode(model: nn.Module, keep_batch_norm: bool) -> None:
+    """Put a model into training mode, less what is to keep its pretrained statistics:
+    a frozen backbone, and if wanted all batch normalisation."""
+    frozen = not all(parameter.requires_grad for parameter in model.parameters())
+    model.train(not frozen)
+    if keep_batch_norm:
+        for layer in model.modules():
+            if isinstance(layer, nn.BatchNorm2d):
+                layer.eval()
+
+
+class BadLoss(AlasaError):
+    """A training loss that is not finite; `step` counts the epoch's batches from 0."""
+
+    def __init__(self, loss: float, step: int):
+        super().__init__(f"the loss became {loss} in batch {step}")
+        self.loss = loss
+        self.step = step
+
+
 def train_one_epoch(
-    model: nn.Module, batches: Iterable[tuple], criterion, optimizer, scaler, amp, epoch
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    criterion,
+    optimizer: torch.optim.Optimizer,
+    scheduler=None,
+    scaler: torch.amp.GradScaler | None = None,
+    precision: str = "fp32",
+    keep_batch_norm: bool = False,
 ) -> dict[str, float]:
-    """Train on every batch once; return the mean loss and the accuracy over the images."""
-    # A frozen backbone keeps its pretrained statistics, so it stays in eval mode.
-    model.train(all(p.requires_grad for p in model.parameters()))
-    totals = np.zeros(3)
-    for rows, images, labels, errors in batches:
-        refuse(errors.values())
-        with amp:
+    """Train on every batch once; return train_loss and train_accuracy.
+
+    They are the criterion of, and the accuracy of, all logits of the epoch at once, as
+    `evaluate` has them for validation; each logit is of its own step, before the update.
+    `scheduler` steps with each batch; `scaler` is for fp16.  BadLoss if a loss is not finite.
+    """
+    device = next(model.parameters()).device
+    if scaler is None:
+        scaler = torch.amp.GradScaler(device.type, enabled=False)
+    set_training_mode(model, keep_batch_norm)
+    set_mode(criterion, training=True)
+    all_logits, all_labels = [], []
+    progress = Progress(batches, "training")
+    for step, (images, labels) in enumerate(progress):
+        images = images.to(device, non_blocking=True)
+        labels = labels.to(device, non_blocking=True)
+        with autocast(device, precision):
             logits = model(images)
-        loss = criterion(logits.float(), labels)
-        if not math.isfinite(value := loss.item()):
-            where = f"epoch {epoch}, {', '.join(rows.values())}"
-            raise AlasaError(f"{where}: the loss became {value}")
+        logits = logits.float()
+        loss = criterion(logits, labels)
+        if not loss.isfinite():
+            raise BadLoss(loss.item(), step)
         optimizer.zero_grad()
         scaler.scale(loss).backward()
+        average_gradients(model)
         scaler.step(optimizer)
         scaler.update()
-        correct = (logits.argmax(1) == labels).sum().item()
-        totals += (value * len(rows), correct, len(rows))
-    loss, correct, count = map(float, sum(exchange(totals)))
-    return {"train_loss": loss / count, "train_accuracy": correct / count}
+        if scheduler is not None:
+            scheduler.step()
+        all_logits.append(logits.detach().cpu())
+        all_labels.append(labels.cpu())
+        progress.note = f", loss {loss.item():.4f}"
+    logits, labels = collect_in_turn(all_logits), collect_in_turn(all_labels)
+    loss = compute_loss(criterion, logits, labels, device)
+    accuracy = (logits.argmax(1) == labels).double().mean().item()
+    return {"train_loss": loss, "train_accuracy": accuracy}
+
+
+@torch.no_grad()
+def compute_loss(
+    criterion, logits: Tensor, labels: Tensor, device: torch.device
+) -> float:
+    """Return the criterion, out of training mode, of all logits [N, classes] at once."""
+    set_mode(criterion, training=False)
+    return criterion(logits.to(device), labels.to(device)).item()
 
 
 @torch.inference_mode()
-def infer(model: nn.Module, batches: Iterable[tuple], amp, views: int = 1) -> list:
-    """Return for each row its logits, float32 [classes], or why it could not be read.
-    The logits are the mean over the first `views` views: test-time augmentation."""
+def infer(
+    model: nn.Module, batches: Iterable[Tensor], precision: str = "fp32", views: int = 1
+) -> Tensor:
+    """Return the logits of all images in order, over all processes: float32 [N, classes].
+
+    They are the mean over the first `views` of `d4_view`: test-time augmentation.
+    """
+    device = next(model.parameters()).device
     model.eval()
-    for buffer in model.buffers() if WORLD > 1 else ():
-        dist.broadcast(buffer, 0)  # batch statistics differ by process
-    results = {}
-    for rows, images, _, errors in batches:
-        results |= errors
-        if rows:
-            with amp:
-                logits = [model(d4_view(images, view)).float() for view in range(views)]
-            results |= zip(rows, torch.stack(logits).mean(0).cpu().numpy())
-    found = {row: result for part in exchange(results) for row, result in part.items()}
-    return [found[row] for row in range(len(found))]
+    if get_world_size() > 1:
+        for buffer in model.buffers():  # batch statistics differ by process
+            dist.broadcast(buffer, src=0)
+    all_logits = []
+    for images in batches:
+        images = images.to(device, non_blocking=True)
+        total = 0
+        for view in range(views):
+            with autocast(device, precision):
+                logits = model(d4_view(images, view))
+            total = total + logits.float()
+        all_logits.append((total / views).cpu())
+    return collect_in_turn(all_logits)
 
 
-def evaluate(model, batches, labels: list[int], criterion, amp) -> dict[str, float]:
-    """Return the loss and the `score` of a labelled split, over all processes."""
-    results = infer(model, batches, amp)
-    refuse(result for result in results if isinstance(result, str))
-    logits, y = torch.from_numpy(np.stack(results)), torch.tensor(labels)
-    device = next(model.parameters()).device  # where a criterion has its weights
-    loss = criterion(logits.to(device), y.to(device)).item()
-    scores = score(labels, logits.double().softmax(1).numpy())
-    return {"valid_loss": loss, "valid_accuracy": scores.pop("accuracy")} | scores
+def evaluate(
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    criterion,
+    precision: str = "fp32",
+) -> dict[str, float]:
+    """Return the loss and the scores of labelled images, over all processes."""
+    all_labels = []
+
+    def images_only() -> Iterator[Tensor]:
+        for images, labels in Progress(batches, "validation"):
+            all_labels.append(labels)
+            yield images
+
+    logits = infer(model, images_only(), precision)
+    labels = collect_in_turn(all_labels)
+    device = next(model.parameters()).device
+    scores = score(labels, logits)
+    return {
+        "valid_loss": compute_loss(criterion, logits, labels, device),
+        "valid_accuracy": scores["accuracy"],
+        "auc": scores["auc"],
+        "wauc": scores["wauc"],
+    }
 
 
-def score(labels: list[int], p: np.ndarray) -> dict[str, float]:
-    """Return accuracy, auc and wauc for class indices [N] and probabilities [N, classes].
+# ---------------------------------------------------------------- scores
+
+
+def score(labels: Tensor, logits: Tensor) -> dict[str, float]:
+    """Return accuracy, auc and wauc for class indices [N] and logits [N, classes].
+
     auc is the mean over each class against the rest, wauc that of P(not class 0).  They are
-    NaN where a class has no image, and all three where p is not finite."""
-    y, scores = np.array(labels), dict.fromkeys(("accuracy", "auc", "wauc"), math.nan)
-    if np.isfinite(p).all():
-        scores["accuracy"] = float((p.argmax(1) == y).mean())
-        if len(set(labels)) == p.shape[1]:
-            with np.errstate(divide="ignore"):  # odds rank where p is rounded to 1
-                odds = [np.delete(p, k, 1).sum(1) / p[:, k] for k in range(p.shape[1])]
-            aucs = [weighted_auc(y != k, against, 0) for k, against in enumerate(odds)]
-            scores["auc"] = float(np.mean(aucs))
-            scores["wauc"] = weighted_auc(y != 0, odds[0])
+    NaN where a class has no image, and all three where a logit is not finite.
+    """
+    labels, logits = np.asarray(labels), np.asarray(logits, dtype=np.float64)
+    scores = {"accuracy": math.nan, "auc": math.nan, "wauc": math.nan}
+    if not np.isfinite(logits).all():
+        return scores
+    scores["accuracy"] = float((logits.argmax(axis=1) == labels).mean())
+    classes = logits.shape[1]
+    present = np.bincount(labels, minlength=classes) > 0
+    against = log_odds_against(logits)
+    if present.all():
+        aucs = []
+        for k in range(classes):
+            aucs.append(weighted_auc(labels != k, against[:, k], twice=0))
+        scores["auc"] = float(np.mean(aucs))
+    if present[0] and present[1:].any():
+        scores["wauc"] = weighted_auc(labels != 0, against[:, 0])
     return scores
+
+
+def describe(scores: dict[str, float]) -> str:
+    """Return scores as the scripts print them."""
+    return ", ".join(f"{name} {value:.6g}" for name, value in scores.items())
+
+
+def log_odds_against(logits: np.ndarray) -> np.ndarray:
+    """Return log(P(not class k) / P(class k)) as [N, classes]: it still ranks images where
+    the probabilities of a sure network are rounded to 1.
+
+    P(not class k) is summed over the classes before k and those after it, without k, and in
+    time that grows with the number of classes, not with its square.
+    """
+    nothing = np.full((len(logits), 1), -np.inf)
+    up_to = np.logaddexp.accumulate(logits, axis=1)
+    down_to = np.logaddexp.accumulate(logits[:, ::-1], axis=1)[:, ::-1]
+    before = np.hstack([nothing, up_to[:, :-1]])
+    after = np.hstack([down_to[:, 1:], nothing])
+    return np.logaddexp(before, after) - logits
 
 
 def weighted_auc(y_true: np.ndarray, y_score: np.ndarray, twice: float = 0.4) -> float:
     """Return the area under the ROC curve, in 0..1, where TPR below `twice` counts twice:
     (AUC + integral of min(TPR, twice) dFPR) / (1 + twice), as in the ALASKA2 competition.
-    ValueError if a score is NaN or a class is missing."""
-    y_true, y_score = np.asarray(y_true, bool), np.asarray(y_score, float)
-    if np.isnan(y_score).any() or y_true.all() or not y_true.any():
+
+    `y_true` [N] is 0 or 1, `y_score` [N] is higher for a likelier 1; equal scores are one
+    straight segment.  ValueError if a score is NaN or a class is missing.
+    """
+    from sklearn.metrics import roc_curve  # here, as it takes a second to import
+
+    y_true = np.asarray(y_true, dtype=bool)
+    y_score = np.asarray(y_score, dtype=float)
+    if y_true.all() or not y_true.any() or np.isnan(y_score).any():
         raise ValueError("an ROC curve needs positives, negatives and no NaN")
-    # From 0, the curve has a point for each score: ties are one straight segment.
-    point = np.unique(-y_score, return_inverse=True)[1] + 1
-    fpr, tpr = (np.bincount(point, y).cumsum() / y.sum() for y in (~y_true, y_true))
-    # And a corner where it crosses `twice`: both axes only rise, so sorting places it.
+    fpr, tpr, _ = roc_curve(y_true, y_score, drop_intermediate=False)
+    # Add the corner where the curve crosses `twice`.  Both axes only rise: sorting places it.
     fpr = np.sort(np.append(fpr, np.interp(twice, tpr, fpr)))
     tpr = np.sort(np.append(tpr, twice))
     return float(np.trapezoid(tpr + np.minimum(tpr, twice), fpr)) / (1 + twice)
 
 
 def best_epoch(history: list[dict[str, float]], monitor: str) -> int:
-    """Return the index of the first highest finite score, or -1 if there is none."""
-    finite = [i for i, row in enumerate(history) if math.isfinite(row[monitor])]
-    return max(finite, key=lambda i: history[i][monitor], default=-1)
+    """Return the number of the epoch with the highest score, of equal ones that with the
+    lowest validation loss; 0 if no score is finite."""
+    best, best_key = 0, (-math.inf, -math.inf)
+    for row in history:
+        loss = row["valid_loss"] if math.isfinite(row["valid_loss"]) else math.inf
+        key = (row[monitor], -loss)
+        if math.isfinite(row[monitor]) and key > best_key:
+            best, best_key = row["epoch"], key
+    return best
 
 
-def write_file(path: str, write: Callable[[object], object]) -> None:
-    """Let write(file) replace a file whole or not at all, be the disk full or power lost."""
-    part = Path(f"{path}.part")
-    with blame(f"{path}: cannot be written"):
+# ---------------------------------------------------------------- files
+
+
+@contextlib.contextmanager
+def atomic_write(path: str) -> Iterator[IO[bytes]]:
+    """Open a file that replaces `path` once it is whole, or not at all, be the disk full or
+    the power lost."""
+    part = f"{path}.{os.getpid()}.part"
+    try:
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise OSError("not a regular file")  # it may be /dev/null
+        with open(part, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:
+        why = error
+        if isinstance(error, RuntimeError) and error.__context__ is not None:
+            why = error.__context__  # torch.save hides what happened to the file
+        if isinstance(why, KeyboardInterrupt):
+            raise why from None
+        raise AlasaError(f"{path}: cannot be written: {why}") from error
+    finally:
+        Path(part).unlink(missing_ok=True)
+
+
+def check_writable(path: str) -> None:
+    """Raise AlasaError if `atomic_write` could not even begin to replace a file."""
+    part = Path(f"{path}.{os.getpid()}.part")
+    with explain(f"{path}: cannot be written"):
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise OSError("not a regular file")
+        part.touch()
+        part.unlink()
+
+
+@contextlib.contextmanager
+def run_folder(folder: str) -> Iterator[None]:
+    """Keep the folder of a run for this process alone, until the block ends or it dies.
+
+    AlasaError if another run is writing there, or if the folder cannot be written.
+    Where no epoch was saved, nothing is left behind.
+    """
+    if get_rank() > 0:
+        yield
+        return
+    with explain(f"--out {folder}"):
+        os.makedirs(folder, exist_ok=True)
+        check_writable(f"{folder}/.lock")
+    with open(f"{folder}/.lock", "w") as lock:
+        if fcntl is not None:
+            try:
+                # Not flock, which lives on in workers when this process is killed.
+                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                what = f"--out {folder}: another run is writing there"
+                raise AlasaError(what) from None
+        for name in RUN_FILES:
+            check_writable(f"{folder}/{name}")
+        for part in Path(folder).glob("*.part"):
+            part.unlink()  # of a run that was killed
         try:
-            if os.path.exists(path) and not os.path.isfile(path):
-                raise OSError("not a regular file")  # it may be /dev/null
-            with open(part, "wb") as file:
-                write(file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(part, path)
+            yield
+        except KeyboardInterrupt:
+            if os.path.exists(f"{folder}/last.pt"):
+                advice = f"--resume goes on from {folder}/last.pt"
+                raise KeyboardInterrupt(advice) from None
+            raise KeyboardInterrupt("no epoch was saved") from None
         finally:
-            part.unlink(missing_ok=True)
+            if not os.path.exists(f"{folder}/last.pt"):
+                Path(f"{folder}/batch.png").unlink(missing_ok=True)
+            Path(f"{folder}/.lock").unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                os.rmdir(folder)  # if nothing is in it
 
 
 def load_checkpoint(path: str) -> dict:
-    """Read a checkpoint that `fit` wrote; AlasaError if it is damaged or another's."""
-    with blame(f"{path}: not a checkpoint of train.py"):
-        if damaged := zipfile.ZipFile(path).testzip():  # torch.load checks no CRC
+    """Read a checkpoint of train.py; AlasaError if it is damaged or not one."""
+    with explain(f"{path}: not a checkpoint of train.py"):
+        damaged = zipfile.ZipFile(path).testzip()  # torch.load checks no CRC
+        if damaged:
             raise ValueError(f"{damaged} is damaged")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        for key in ("model", "settings", "history", "versions"):
-            checkpoint[key]
+        lacking = {"model", "classes", "args", "history"} - checkpoint.keys()
+        if lacking:
+            raise ValueError(f"it has no {sorted(lacking)}")
         return checkpoint
 
 
-def open_run(settings: dict) -> dict:
-    """Return the checkpoint to resume, or that of a new run, which has no model yet."""
-    out, run = settings["out"], {"history": []}
-    found = [name for name in RUN_FILES if os.path.exists(f"{out}/{name}")]
-    if settings["resume"]:
-        run = load_checkpoint(f"{out}/last.pt")
-        if best_epoch(run["history"], settings["monitor"]) >= 0:
-            load_checkpoint(f"{out}/best.pt")  # or it would be lost silently
-        then = {key: run["settings"].get(key) for key in settings.keys() - FREE}
-        changed = sorted(key for key in then if then[key] != settings[key])
-        refuse(f"--resume: {x} was {then[x]!r}, now {settings[x]!r}" for x in changed)
-        if run["versions"] != VERSIONS:
-            print(f"warning: begun with {run['versions']}: the bits may differ")
-    elif found and not settings["overwrite"]:
-        what = f"{out} holds a run ({', '.join(found)})"
-        raise AlasaError(f"{what}: --resume, --overwrite, or choose another --out")
-    return run | {"settings": settings, "versions": VERSIONS}
+def short_name(name: str, most: int = 24) -> str:
+    """Return a class or file name as a figure can show it."""
+    if len(name) > most:
+        name = name[: most - 1] + "\u2026"
+    # Matplotlib leaves names that begin with "_" out of legends, and reads "$" as formulas.
+    return name.replace("$", r"\$").removeprefix("_")
 
 
-def save_epoch(run: dict, parts: dict) -> None:
-    """Write the files of the run; last.pt at the end: what it lacks is done again."""
-    out, log = run["settings"]["out"], pd.DataFrame(run["history"])
-    states = {name: part.state_dict() for name, part in parts.items()}
-    for name in RUN_FILES if len(log) == 1 else ():
-        Path(out, name).unlink(missing_ok=True)  # of the run that this one overwrites
-    if best_epoch(run["history"], run["settings"]["monitor"]) == len(log) - 1:
-        best = run | {"model": states["model"]}
-        write_file(f"{out}/best.pt", partial(torch.save, best))
-    write_log = partial(log.to_csv, mode="wb", index=False, float_format="%.6g")
-    write_file(f"{out}/log.csv", write_log)
-    try:
-        with blame("losses.png cannot be drawn"):
-            from matplotlib.figure import Figure  # slow, and pyplot may want a display
-
-            figure = Figure(figsize=(10, 4), layout="constrained")
-            panels = {"loss": ["train_loss", "valid_loss"], "score": ["auc", "wauc"]}
-            for axes, (name, columns) in zip(figure.subplots(1, 2), panels.items()):
-                axes.plot(log["epoch"], log[columns], marker=".", label=columns)
-                axes.set(xlabel="epoch", ylabel=name)
-                axes.legend()
-            write_file(f"{out}/losses.png", partial(figure.savefig, dpi=120))
-    except AlasaError as error:  # the run is whole without it
-        print(f"warning: {error}")
-    write_file(f"{out}/last.pt", partial(torch.save, run | states))
+def draw_images(figure, columns: int, images: list, titles: list[str]) -> None:
+    """Show images [H, W, 3] with their titles in rows of so many."""
+    rows = math.ceil(len(images) / columns)
+    axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    for ax in axes:
+        ax.set_axis_off()
+    for ax, image, title in zip(axes, images, titles):
+        ax.imshow(image)
+        ax.set_title(title, fontsize=8)
 
 
-def start(name: str, precision: str) -> tuple[torch.device, str, torch.autocast]:
-    """Settle the device and the precision; join torchrun's other processes."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    with blame(f"--device {name}"):
-        if name == "cuda":
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        device = torch.empty(0, device=name).device
-    if WORLD > 1 and not dist.is_initialized():
-        dist.init_process_group()
-        if RANK:  # rank 0 alone speaks
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    if precision == "auto":  # bf16 where the hardware is made for it
-        cuda = device.type == "cuda" and torch.cuda.get_device_capability() >= (8, 0)
-        cpu = device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16")
-        precision = "bf16" if cuda or cpu else "fp32"
-    on = precision != "fp32"
-    return device, precision, torch.autocast(device.type, DTYPES[precision], enabled=on)
+# ---------------------------------------------------------------- scripts
 
 
-def fit(settings: dict, criterion: nn.Module | None = None) -> list[dict[str, float]]:
-    """Train as the flags of train.py say, keep RUN_FILES in `out`; return the history.
-    criterion(logits [B, classes], labels [B]) is a mean loss, by default cross entropy;
-    its tensors are on the device.  A resumed run needs the same, and the same images."""
-    s = Namespace(**settings)
-    device, s.precision, amp = start(s.device, s.precision)
-    columns = {"image": s.image_column, "label": s.label_column}
-    paths = s.train_csv, s.valid_csv
-    frames = [read_csv(path, columns, s.image_root) for path in paths]
-    classes = check_splits(*frames, s.label_smoothing)
-    data_hash = derive_seed([frame[[*columns]].to_numpy().tolist() for frame in frames])
-    run = open_run(vars(s) | {"classes": classes, "data_hash": data_hash})
-    data = []
-    for split, frame in zip(("train", "valid"), frames):
-        frame["label"] = frame["label"].map(classes.index)
-        transform = make_transform(split, s.image_size, s.augment)
-        data.append(AlasaDataset(frame, split, transform, s.seed))
-    for split in data if s.check_images else ():
-        batches = next(read_ahead(split, [0], device, s.workers, s.batch_size))
-        refuse((e for *_, errors in batches for e in errors.values()), sys.maxsize)
-    epochs = range(len(run["history"]) + 1, s.epochs + 1)
-    how = device, s.workers, s.batch_size, s.balance
-    passes = [read_ahead(split, epochs, *how) for split in data]
-    seed_everything(s.seed)
-    weights = "none" if s.resume else s.weights
-    model = build_model(s.arch, len(classes), weights, s.freeze, s.full_res_stem)
-    model.to(device)
-    print(f"{s.arch} on {WORLD} x {device}, {s.precision}, {s.workers} workers")
-    left = len(data[0]) - WORLD * sum(map(len, data[0].plan(1, s.batch_size)))
-    if left == len(data[0]):
-        raise AlasaError("too few images, or too small a --batch-size, to train on")
-    if left:
-        print(f"left out of each epoch, as too few for a batch: {left} of the images")
-    image = normalise(data[1][0][0][None].to(device))
-    with blame(f"{s.arch} cannot take such images"), torch.inference_mode():
-        model.eval()(image)
-    criterion = criterion or nn.CrossEntropyLoss(label_smoothing=s.label_smoothing)
-    run_epochs(run, model, data, passes, criterion, amp)
-    return run["history"]
+ADVICE = {
+    "out of memory": "give a lower --batch-size or --image-size",
+    "can't allocate memory": "give a lower --batch-size or --image-size",
+    "DataLoader worker": "a worker was lost; try --workers 0",
+    "shared memory": "try --workers 0",
+}
 
 
-def prepare(model: nn.Module, compiled: bool) -> nn.Module:
-    """Return the model as it is trained: compiled, shared by the processes of torchrun."""
-    # Else both would adapt to the first steps, which a resumed run does not know.
-    net = torch.compile(model, dynamic=False) if compiled else model
-    if WORLD == 1:
-        return net
-    return nn.parallel.DistributedDataParallel(net, find_unused_parameters=True)
+def one_line(error: BaseException) -> str | None:
+    """Return what to tell of a fault that the user can mend; None for a bug."""
+    message = " ".join(str(error).split())
+    if isinstance(error, AlasaError):
+        # A worker's error comes with its traceback, which ends with the message.
+        return message.rsplit("alasa.AlasaError: ", maxsplit=1)[-1]
+    if isinstance(error, RuntimeError | MemoryError):
+        for sign, advice in ADVICE.items():
+            if sign in message:
+                return f"{advice}: {message[:200]}"
+    if isinstance(error, OSError):
+        return message
+    return None
 
 
-def run_epochs(run: dict, model: nn.Module, data, passes, criterion, amp) -> None:
-    """Train, evaluate, step and save, until the epochs or the patience end."""
-    s, history = Namespace(**run["settings"]), run["history"]
-    rates = {"lr": s.lr, "weight_decay": s.weight_decay}
-    optimizer = OPTIMIZERS[s.optimizer](model.parameters(), **rates)
-    scheduler = ReduceLROnPlateau(optimizer, "max", factor=0.5, patience=2)
-    scaler = torch.amp.GradScaler(amp.device, enabled=s.precision == "fp16")
-    parts = {"model": model, "optimizer": optimizer}  # all that has a state
-    parts |= {"scheduler": scheduler, "scaler": scaler}
-    for name in parts if s.resume else ():
-        parts[name].load_state_dict(run.pop(name))
-    net = prepare(model, s.compile)
-    try:
-        os.makedirs(s.out, exist_ok=True)
-        for train, valid in zip(*passes):
-            stale = len(history) - 1 - best_epoch(history, s.monitor)
-            if stale >= s.early_stop > 0:
-                print(f"no better {s.monitor} in {stale} epochs: stopped early")
-                break
-            epoch, began = len(history) + 1, time.perf_counter()
-            row = {"epoch": epoch, "lr": optimizer.param_groups[0]["lr"]}
-            row |= train_one_epoch(net, train, criterion, optimizer, scaler, amp, epoch)
-            # Every process goes by rank 0's scores: its own might round otherwise.
-            row |= exchange(evaluate(model, valid, data[1].labels, criterion, amp))[0]
-            row["seconds"] = time.perf_counter() - began
-            row["images_per_second"] = sum(map(len, data)) / row["seconds"]
-            scheduler.step(row[s.monitor])
-            if RANK == 0:
-                save_epoch(run | {"history": [*history, row]}, parts)
-            history.append(row)
-            print(", ".join(f"{name} {value:.6g}" for name, value in row.items()))
-        best = best_epoch(history, s.monitor) + 1
-        print(f"best: epoch {best}, in {s.out}/best.pt" if best else "best: none yet")
-    finally:
-        if STOP:
-            print(f"interrupted; epochs in {s.out} for --resume: {len(history)}")
-        if RANK == 0:  # another may be done before rank 0 has written anything
-            with contextlib.suppress(OSError):
-                os.rmdir(s.out)  # nothing was written
-
-
-def predict(
-    checkpoint: dict, frame: pd.DataFrame, device="auto", workers=0, batch=0, tta=False
-) -> pd.DataFrame:
-    """Return a row for each row of `frame`: image, label, score = P(not class 0), p_<class>;
-    where an image could not be read they are empty, and the column error says why.  `tta`
-    takes the mean of the logits over the views that training drew from."""
-    s = Namespace(**checkpoint["settings"])
-    device, _, amp = start(device, s.precision)
-    data = AlasaDataset(frame, "test", make_transform("test", s.image_size))
-    batches = next(read_ahead(data, [0], device, workers, batch or s.batch_size))
-    seed_everything(s.seed)
-    model = build_model(s.arch, len(s.classes), "none", False, s.full_res_stem)
-    model.load_state_dict(checkpoint["model"])
-    results = infer(model.to(device), batches, amp, VIEWS[s.augment] if tta else 1)
-    nothing = np.full(len(s.classes), math.nan)
-    logits = [nothing if isinstance(result, str) else result for result in results]
-    p = torch.from_numpy(np.stack(logits)).double().softmax(1).numpy()
-    good = np.isfinite(p).all(1)
-    table = pd.DataFrame({"image": frame["image"].tolist()})
-    table["label"] = np.where(good, np.array(s.classes)[p.argmax(1)], "")
-    table["score"] = p[:, 1:].sum(1).clip(max=1)
-    table[[f"p_{name}" for name in s.classes]] = p
-    if not good.all():
-        table["error"] = np.where(good, "", [str(result) for result in results])
-    return table
-
-
-def run_script(main: Callable[[], int | None]) -> None:
-    """Run main() and leave with its exit code; 2 and one line for a fault, 130 for Ctrl-C."""
-
-    def stop(number: int, _: object) -> None:
-        """Stop at the next batch, as an exception may strike anywhere; if asked twice, now."""
-        if number in STOP:
-            raise KeyboardInterrupt
-        STOP.append(number)
-
-    signal.signal(signal.SIGINT, stop)
-    signal.signal(signal.SIGTERM, stop)
-    if sys.stdout:  # else it is closed
+@contextlib.contextmanager
+def as_script() -> Iterator[None]:
+    """What a script does and a library must not: tune its process, and end in one line."""
+    # glibc returns large buffers to the kernel and faults them in anew at each step.  With
+    # M_MMAP_MAX (-4) 0 and M_TRIM_THRESHOLD (-1) at most it keeps them: a third faster.
+    with contextlib.suppress(AttributeError, TypeError):  # no other libc has mallopt
+        ctypes.CDLL(None).mallopt(-4, 0)
+        ctypes.CDLL(None).mallopt(-1, 2**31 - 1)
+    os.environ["MPLBACKEND"] = "agg"  # a notebook's may not be there
+    for module in ("PIL", "matplotlib"):  # damaged metadata, letters that a font lacks
+        warnings.filterwarnings("ignore", module=module)
+    with open(os.devnull, "w") as nowhere:
+        sys.stdout = sys.stdout or nowhere  # None if the caller closed it
+        sys.stderr = sys.stderr or nowhere
         sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
+        with ending_in_one_line():
+            yield
+
+
+@contextlib.contextmanager
+def ending_in_one_line() -> Iterator[None]:
+    """Exit with 2 and one line for a fault that the user can mend, with 130 for Ctrl-C."""
     try:
-        code = main() or 0
-    except BaseException as error:
-        if STOP:  # what fails then fails of it
-            code = 130
-        elif isinstance(error, AlasaError | OSError):
-            print("error:", error, file=sys.stderr)
-            code = 2
-        else:
+        yield
+    except KeyboardInterrupt as stop:
+        print("interrupted;", stop, file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        line = one_line(error)
+        if line is None:
             raise
-    finally:
-        for worker in multiprocessing.active_children():
-            worker.kill()  # else it would live on for seconds, and hold the pipes
-    os._exit(code)  # all is written, and torch takes a second to tear itself down
+        print("error:", line, file=sys.stderr)
+        sys.exit(2)
