@@ -14,6 +14,7 @@ import hashlib
 import io
 import itertools
 import math
+import multiprocessing
 import os
 import random
 import re
@@ -35,6 +36,7 @@ import pandas as pd
 import torch
 import torch.distributed as dist
 import torchvision
+from matplotlib.figure import FigureBase
 from PIL import ExifTags, Image, TiffImagePlugin, UnidentifiedImageError
 from torch import Tensor, nn
 from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
@@ -55,15 +57,13 @@ from torchvision.transforms import v2
 
 try:
     import fcntl
-except (
-    ImportError
-):  # Windows has none: there, nothing keeps a second run out of a folder
-    fcntl = None
+except ImportError:
+    fcntl = None  # on Windows, where nothing keeps a second run out of a folder
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of RGB in 0..1
 IMAGENET_STD = (0.229, 0.224, 0.225)
-FLAT = 16  # an image whose grey levels span less shows nothing to a person
 IMAGE_EXTENSIONS = (*IMG_EXTENSIONS, ".gif")
+FLAT_SPAN = 16  # grey levels: an image that spans no more shows nothing to a person
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # How many views of `d4_view` each augmentation of `make_transform` shows.
 VIEWS = {"none": 1, "flip": 2, "crop": 2, "d4": 8}
@@ -101,11 +101,11 @@ def refuse(faults: Iterable[str], most: int = 10) -> None:
 # ---------------------------------------------------------------- seeds
 
 
-def derive_seed(*key: object) -> int:
-    """Return 64 bits that depend on the key alone.
+def stable_hash(*key: object) -> int:
+    """Return 64 bits that depend on the key alone, in any process and at any time.
 
-    Whoever knows the key, say (seed, epoch, row), draws the same: any worker, any process
-    and a resumed run.  So no state of a random generator is ever saved.
+    As a seed: whoever knows the key, say (seed, epoch, row), draws the same, be it another
+    worker or a resumed run.  So no state of a random generator is ever saved.
     """
     digest = hashlib.sha256(repr(key).encode()).digest()
     return int.from_bytes(digest[:8], "big")
@@ -187,12 +187,11 @@ def read_csv(
         if len(cells) != len(header)
     )
     frame = pd.DataFrame(index=[f"{path} line {line}" for line in rows])
-    for name, column in (("image", image_column), ("label", label_column)):
-        if column in header:
-            place = find_column(path, header, column)
-            frame[name] = [cells[place] for cells in rows.values()]
-    if "image" not in frame:
-        find_column(path, header, image_column)
+    image = find_column(path, header, image_column)
+    frame["image"] = [cells[image] for cells in rows.values()]
+    if label_column in header:
+        label = find_column(path, header, label_column)
+        frame["label"] = [cells[label] for cells in rows.values()]
     refuse(
         f"{place}: the image is empty"
         for place, image in frame["image"].items()
@@ -205,7 +204,8 @@ def read_csv(
 
 def read_cells(path: str) -> tuple[list[str], dict[int, list[str]]]:
     """Return the header of a CSV, and the cells of each row by its line number."""
-    old_limit = csv.field_size_limit(2**31 - 1)  # a mask in a cell passes 131,072
+    # Some data sets keep masks in a cell, longer than the 131,072 characters of the default.
+    old_limit = csv.field_size_limit(2**31 - 1)
     try:
         with (
             explain(f"{path}: not a readable CSV"),
@@ -239,29 +239,29 @@ def read_folder(folder: str) -> pd.DataFrame:
     """Return the images of a folder as `read_csv` does: `image` is relative to the folder.
 
     Images in folders of their own, at any depth, have the folder's name for a label, as in
-    torchvision's ImageFolder.  Hidden files are left out without a word, others with one.
+    torchvision's ImageFolder.  Hidden files are skipped silently, others are reported.
     """
-    images, left_out = find_images(folder, deep=False)
-    labels = None
-    if not images:
-        images, labels = [], []
-        for name in sorted(os.listdir(folder)):
-            class_folder = os.path.join(folder, name)
-            if name.startswith(".") or not os.path.isdir(class_folder):
-                continue
-            found, others = find_images(class_folder, deep=True)
-            if not found:
-                raise AlasaError(f"{class_folder}: has no images")
-            images += found
-            labels += [name] * len(found)
-            left_out += others
+    images, others = find_images(folder, deep=False)
+    labels = []
+    for name in sorted(os.listdir(folder)):
+        class_folder = os.path.join(folder, name)
+        if name.startswith(".") or not os.path.isdir(class_folder):
+            continue
+        if images and not labels:
+            raise AlasaError(f"{folder}: has images beside folders, such as {name}")
+        found, not_images = find_images(class_folder, deep=True)
+        if not found:
+            raise AlasaError(f"{class_folder}: has no images")
+        images += found
+        others += not_images
+        labels += [name] * len(found)
     if not images:
         raise AlasaError(f"{folder}: has no images")
-    if left_out:
-        print0(f"left out, as no images: {len(left_out)} files, first {left_out[0]}")
+    if others:
+        print0(f"left out, as no images: {len(others)} files, first {others[0]}")
     frame = pd.DataFrame({"path": images}, index=[folder] * len(images))
     frame["image"] = [os.path.relpath(path, folder) for path in images]
-    if labels is not None:
+    if labels:
         frame["label"] = labels
     return frame
 
@@ -274,10 +274,13 @@ def find_images(folder: str, deep: bool) -> tuple[list[str], list[str]]:
     for place, folders, files in os.walk(folder, followlinks=True):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(files):
+            path = os.path.join(place, name)
             if name.startswith("."):
                 continue
-            found = images if name.lower().endswith(IMAGE_EXTENSIONS) else others
-            found.append(os.path.join(place, name))
+            if name.lower().endswith(IMAGE_EXTENSIONS):
+                images.append(path)
+            else:
+                others.append(path)
         if not deep:
             break
     return images, others
@@ -293,116 +296,123 @@ def find_classes(labels: Iterable[str]) -> list[str]:
 
 
 def identify_files(frame: pd.DataFrame) -> list[str]:
-    """Return what tells each row's file from others, however its path is spelled or linked.
+    """Return each row's device and inode, equal for links and other spellings of a path.
 
-    AlasaError with the rows whose file is missing, empty, or a folder.
+    AlasaError with the rows whose file is missing, empty, or no file.
     """
-    files, faults = [], []
+    identities, faults = [], []
     for place, path in frame["path"].items():
         try:
             status = os.stat(path)
-        except OSError as error:
-            faults.append(f"{place}: {path!r}: {error.strerror}")
-            continue
-        if not stat.S_ISREG(status.st_mode):
-            faults.append(f"{place}: {path!r} is not a file")
-        elif status.st_size == 0:
-            faults.append(f"{place}: {path!r} is empty")
-        files.append(f"{status.st_dev}:{status.st_ino}")
+            identities.append(f"{status.st_dev}:{status.st_ino}")
+            if not stat.S_ISREG(status.st_mode):
+                faults.append(f"{place}: {path!r} is not a file")
+            elif status.st_size == 0:
+                faults.append(f"{place}: {path!r} is empty")
+        except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+            why = getattr(error, "strerror", error)
+            faults.append(f"{place}: {path!r}: {why}")
     refuse(faults)
-    return files
-
-
-def appearance(label: str) -> str:
-    """Return a label less what nobody sees: how its accents are encoded, characters
-    without width, and where and how wide its spaces are."""
-    composed = unicodedata.normalize("NFKC", label)
-    visible = [mark for mark in composed if unicodedata.category(mark) != "Cf"]
-    return " ".join("".join(visible).split())
+    return identities
 
 
 def check_labels(frame: pd.DataFrame) -> None:
-    """Raise AlasaError if a row has no label, or if two labels look the same."""
-    place = frame.index[0]
+    """Raise AlasaError if a row has no label."""
     if "label" not in frame:
+        place = frame.index[0]
         raise AlasaError(f"{place}: no label; give --label-column, or class folders")
     refuse(
         f"{place}: the label is empty"
         for place, label in frame["label"].items()
         if not label.strip()
     )
-    seen, seen_in_lower_case = {}, {}
-    for label in sorted(set(frame["label"])):
-        look = appearance(label)
-        twin = seen.setdefault(look, label)
+
+
+def check_look_alikes(labels: set[str]) -> None:
+    """Raise AlasaError if two labels differ invisibly; warn if they differ in case."""
+    visible, lower_case = {}, {}
+    for label in sorted(labels):
+        looks = visible_part(label)
+        twin = visible.setdefault(looks, label)
         if twin != label:
-            raise AlasaError(
-                f"{twin!a} and {label!a} look the same, but are two labels"
-            )
-        twin = seen_in_lower_case.setdefault(look.casefold(), label)
+            raise AlasaError(f"the labels {twin!a} and {label!a} look the same")
+        twin = lower_case.setdefault(looks.casefold(), label)
         if twin != label:
             print0(f"warning: {twin!r} and {label!r} are two classes")
 
 
-def check_one_label_each(frame: pd.DataFrame, files: list[str]) -> None:
+def visible_part(label: str) -> str:
+    """Return the label without invisible differences: the encoding of accents,
+    zero-width characters, and spacing."""
+    composed = unicodedata.normalize("NFC", label)
+    shown = [mark for mark in composed if unicodedata.category(mark) != "Cf"]
+    return " ".join("".join(shown).split())
+
+
+def check_contradictions(frame: pd.DataFrame, identities: list[str]) -> None:
     """Raise AlasaError if the same image has two labels."""
     first_rows, faults = {}, []
     labels, places = frame["label"].tolist(), frame.index.tolist()
-    for row, file in enumerate(files):
-        first = first_rows.setdefault(file, row)
+    for row, identity in enumerate(identities):
+        first = first_rows.setdefault(identity, row)
         if labels[row] != labels[first]:
             where = f"{places[first]} and {places[row]}"
             faults.append(f"{where}: one image, {labels[first]!r} and {labels[row]!r}")
     refuse(faults)
 
 
-def check_splits(
-    train: pd.DataFrame, valid: pd.DataFrame, monitor: str = "auc"
-) -> list[str]:
-    """Return the classes in order; the first is the negative one.
-
-    AlasaError if an image is missing, has two labels or is in both splits, or if the
-    monitored score would be undefined.
-    """
-    check_labels(train)
-    check_labels(valid)
-    check_labels(pd.concat([train, valid]))
-    classes = find_classes(train["label"])
-    if len(classes) == 1:
-        raise AlasaError(f"training has one class only: {classes[0]!r}")
-    known, present = set(classes), set(valid["label"])
-    refuse(
-        f"{place}: no training label is {label!r}"
-        for place, label in valid["label"].items()
-        if label not in known
-    )
-    absent = [label for label in classes if label not in present]
-    if absent and monitor == "accuracy":
-        print0(f"the AUC is undefined: no validation label is {absent[0]!r}")
-    elif absent:
-        advice = "its AUC would be undefined; --monitor accuracy needs none"
-        refuse(f"no validation label is {label!r}: {advice}" for label in absent)
-
-    train_files, valid_files = identify_files(train), identify_files(valid)
-    check_one_label_each(train, train_files)
-    check_one_label_each(valid, valid_files)
-    trained_on = set(train_files)
+def check_leaks(train: pd.DataFrame, valid: pd.DataFrame) -> None:
+    """Raise AlasaError if an image is missing, has two labels, or is in both splits."""
+    train_identities = identify_files(train)
+    valid_identities = identify_files(valid)
+    check_contradictions(train, train_identities)
+    check_contradictions(valid, valid_identities)
+    trained_on = set(train_identities)
     refuse(
         f"{place}: {path!r} is a training image too"
-        for file, (place, path) in zip(valid_files, valid["path"].items())
-        if file in trained_on
+        for identity, (place, path) in zip(valid_identities, valid["path"].items())
+        if identity in trained_on
     )
     train_names = set(map(os.path.basename, train["path"]))
     valid_names = set(map(os.path.basename, valid["path"]))
     shared = len(train_names & valid_names)
     if shared:
         print0(f"warning: {shared} file names are in both splits: the same scenes?")
+
+
+def check_splits(
+    train: pd.DataFrame, valid: pd.DataFrame, monitor: str = "auc"
+) -> list[str]:
+    """Check both splits, and return the classes in order; the first is the negative one.
+
+    AlasaError if a label or an image is missing or contradicts another, if an image is in
+    both splits, or if the monitored score would be undefined.
+    """
+    check_labels(train)
+    check_labels(valid)
+    train_labels, valid_labels = set(train["label"]), set(valid["label"])
+    check_look_alikes(train_labels | valid_labels)
+    classes = find_classes(train_labels)
+    if len(classes) == 1:
+        raise AlasaError(f"training has one class only: {classes[0]!r}")
+    refuse(
+        f"{place}: no training label is {label!r}"
+        for place, label in valid["label"].items()
+        if label not in train_labels
+    )
+    absent = find_classes(train_labels - valid_labels)
+    if absent and monitor == "accuracy":
+        print0(f"the AUC is undefined: no validation label is {absent[0]!r}")
+    elif absent:
+        advice = "the AUC would be undefined; --monitor accuracy does not need it"
+        refuse(f"no validation label is {label!r}: {advice}" for label in absent)
+    check_leaks(train, valid)
     return classes
 
 
 def hash_rows(frame: pd.DataFrame) -> int:
     """Return 64 bits that depend on the rows, and not on where their folder is."""
-    return derive_seed(frame["image"].tolist(), frame["label"].tolist())
+    return stable_hash(frame["image"].tolist(), frame["label"].tolist())
 
 
 # ---------------------------------------------------------------- images
@@ -444,10 +454,10 @@ def read_image(path: str) -> Image.Image:
 
 
 def needed_png_chunks(data: bytes) -> bytes:
-    """Return a PNG less the chunks that its pixels do not need, such as texts, profiles,
-    and animations; ValueError if a checksum of one that they do need is wrong.
+    """Return a PNG without the chunks that its pixels do not need, such as texts and
+    profiles; ValueError if the checksum of one that they do need is wrong.
 
-    Pillow checks no checksum of pixels, and refuses some images for a text.
+    Pillow itself checks no checksum of pixels, and refuses some images for their texts.
     """
     kept = [PNG_SIGNATURE]
     start = len(PNG_SIGNATURE)
@@ -470,13 +480,14 @@ def needed_png_chunks(data: bytes) -> bytes:
 
 
 def read_orientation(image: Image.Image) -> int:
-    """Return the EXIF orientation, 1 to 8; 1 is upright, and where EXIF cannot be read."""
-    orientation = 1
-    with contextlib.suppress(
-        Exception
-    ):  # of many kinds, as EXIF is damaged in many ways
-        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-    return orientation
+    """Return the EXIF orientation, 1 to 8; 1 is upright, and where EXIF cannot be read.
+
+    Pillow's exif_transpose would fail where other tags are damaged, as it rewrites them.
+    """
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # noqa: BLE001 - of many kinds, as EXIF is damaged in many ways
+        return 1
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -550,6 +561,14 @@ def make_transform(size: int = 0, augment: str = "none") -> v2.Compose:
 # ---------------------------------------------------------------- batches
 
 
+def check_sizes(images: list[Tensor]) -> None:
+    """Raise AlasaError unless all images have one size, as a batch needs."""
+    sizes = sorted({f"{image.shape[-1]}x{image.shape[-2]}" for image in images})
+    if len(sizes) > 1:
+        mixed = f"a batch has images of {sizes[0]} and of {sizes[1]} pixels"
+        raise AlasaError(f"{mixed}: give --image-size, or to predict --batch-size 1")
+
+
 class AlasaDataset(Dataset):
     """The images that a frame lists: (image, label) pairs, or images only to "test".
 
@@ -559,7 +578,7 @@ class AlasaDataset(Dataset):
 
     What the transform draws from torch depends on (seed, epoch, item) alone; call
     `set_epoch` before each pass.  With `balance`, each epoch draws its items anew, so that
-    every class is drawn as often.
+    every class is drawn as often, and a row that is drawn twice is seen in two ways.
     """
 
     def __init__(
@@ -572,10 +591,10 @@ class AlasaDataset(Dataset):
         self.seed = seed
         self.balance = balance
         self.places = frame.index.tolist()
-        self.paths = frame.get("path", frame["image"]).tolist()
+        self.paths = frame["path" if "path" in frame else "image"].tolist()
         self.labels = None if split == "test" else frame["label"].tolist()
-        # In shared memory, as workers live on from epoch to epoch and would not see
-        # attributes change, nor the main process theirs.
+        # Shared memory, as workers live on from epoch to epoch: they would not see the
+        # main process change its attributes, nor it theirs.
         self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self.rows = torch.arange(len(frame)).share_memory_()  # the row of each item
         self.flat = torch.zeros(len(frame), dtype=torch.bool).share_memory_()
@@ -584,12 +603,11 @@ class AlasaDataset(Dataset):
         """Choose the augmentation, and with `balance` the items, of the next pass."""
         self.epoch.fill_(epoch)
         if self.balance:
-            weights = 1 / torch.tensor(self.labels).bincount()
+            labels = torch.tensor(self.labels)
+            weights = (1 / labels.bincount())[labels]
             generator = torch.Generator()
-            generator.manual_seed(derive_seed("balance", self.seed, epoch))
-            draw = WeightedRandomSampler(
-                weights[self.labels], len(self), generator=generator
-            )
+            generator.manual_seed(stable_hash("balance", self.seed, epoch))
+            draw = WeightedRandomSampler(weights, len(labels), generator=generator)
             self.rows.copy_(torch.tensor(list(draw)))
 
     def __len__(self) -> int:
@@ -600,17 +618,27 @@ class AlasaDataset(Dataset):
         epoch = int(self.epoch)
         with explain(self.places[row]):
             image = read_image(self.paths[row])
-        if epoch == 1:
+        if epoch == 1:  # once is enough, for `find_flat`
             spans = [high - low for low, high in image.getextrema()]
-            self.flat[row] = max(spans) <= FLAT
+            self.flat[row] = max(spans) <= FLAT_SPAN
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(
-                derive_seed("image", self.seed, epoch, item)
-            )
+            seed = stable_hash("image", self.seed, epoch, item)
+            torch.default_generator.manual_seed(seed)  # the CPU's alone
             image = self.transform(image)
         if self.split == "test":
             return image
         return image, self.labels[row]
+
+    def find_flat(self) -> list[int]:
+        """Return the rows of the first epoch's images that were of nearly one colour."""
+        flat = torch.stack(all_gather(self.flat)).any(dim=0)
+        return flat.nonzero().flatten().tolist()
+
+    @staticmethod
+    def collate(samples: list[tuple[Tensor, int]]) -> list[Tensor]:
+        """Return a batch: images [B, 3, H, W] and labels [B]."""
+        check_sizes([image for image, _ in samples])
+        return default_collate(samples)
 
 
 class TolerantDataset(AlasaDataset):
@@ -625,36 +653,23 @@ class TolerantDataset(AlasaDataset):
         except AlasaError as error:
             return error
 
-
-def check_sizes(images: list[Tensor]) -> None:
-    """Raise AlasaError unless all images have one size, as a batch needs."""
-    sizes = sorted({f"{image.shape[-1]}x{image.shape[-2]}" for image in images})
-    if len(sizes) > 1:
-        mixed = f"a batch has images of {sizes[0]} and of {sizes[1]} pixels"
-        raise AlasaError(f"{mixed}: give --image-size, or to predict --batch-size 1")
-
-
-def collate(samples: list[tuple[Tensor, int]]) -> list[Tensor]:
-    """Return [images [B, 3, H, W], labels [B]]."""
-    check_sizes([image for image, _ in samples])
-    return default_collate(samples)
-
-
-def collate_tolerant(samples: list[Tensor | AlasaError]) -> tuple[Tensor, list[str]]:
-    """Return the images that could be read, and for each sample its error, or ""."""
-    images, errors = [], []
-    for sample in samples:
-        if isinstance(sample, AlasaError):
-            errors.append(str(sample))
-        else:
-            images.append(sample)
-            errors.append("")
-    check_sizes(images)
-    return default_collate(images or [torch.empty(3, 0, 0)])[: len(images)], errors
+    @staticmethod
+    def collate(samples: list[Tensor | AlasaError]) -> tuple[Tensor, list[str]]:
+        """Return a batch: the images that could be read, and of each sample its error or ""."""
+        images, errors = [], []
+        for sample in samples:
+            if isinstance(sample, AlasaError):
+                errors.append(str(sample))
+            else:
+                errors.append("")
+                images.append(sample)
+        check_sizes(images)
+        stacked = torch.stack(images) if images else torch.empty(0)
+        return stacked, errors
 
 
 def start_worker(_: int) -> None:
-    """Quiet a worker: Ctrl-C is the main process's, damaged metadata is nobody's."""
+    """Ignore Ctrl-C, which the main process handles, and warnings of damaged metadata."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     warnings.filterwarnings("ignore", module="PIL")
 
@@ -671,15 +686,16 @@ def count_workers() -> int:
 def make_loader(
     data: AlasaDataset, batch_size: int, workers: int = 0, pin_memory: bool = False
 ) -> DataLoader:
-    """Return the batches of this process; in training, its share of each shuffled batch.
+    """Return the batches of this process.
 
-    Else every world-th batch, whole: the size of a batch moves the last bits of its logits,
-    which are to be the same for any number of processes.
+    Training: its share of each shuffled batch.  Else: every world-th batch, whole, as the
+    size of a batch moves the last bits of its logits, which are to be the same for any
+    number of processes.
     """
     rank, world = get_rank(), get_world_size()
     if data.split == "train":
         # Not the seed itself, as epoch 2 of seed 0 would have the order of epoch 1 of seed 1.
-        seed = derive_seed("order", data.seed) % 2**32
+        seed = stable_hash("order", data.seed) % 2**32
         sampler = DistributedSampler(data, world, rank, seed=seed, drop_last=True)
         share = batch_size // world
         # Batch normalisation cannot train on one image: a last batch of one is left out.
@@ -693,7 +709,7 @@ def make_loader(
         num_workers=workers,
         persistent_workers=workers > 0,
         pin_memory=pin_memory,
-        collate_fn=collate_tolerant if isinstance(data, TolerantDataset) else collate,
+        collate_fn=data.collate,
         worker_init_fn=start_worker,
         generator=torch.Generator(),  # else each pass would draw from the global one
     )
@@ -707,26 +723,18 @@ def begin_pass(loader: DataLoader, epoch: int) -> Iterator:
     return iter(loader)
 
 
-class Progress:
-    """The batches of a pass; on a terminal, a line says how far it is and how long to go."""
+def show_progress(what: str, step: int, steps: int, began: float) -> None:
+    """Say on a terminal how far a pass is, and how long it still takes; else nothing.
 
-    def __init__(self, batches: Iterable, what: str):
-        self.batches = batches
-        self.what = what
-        self.note = ""
-        self.shown = sys.stderr.isatty() and get_rank() == 0
-
-    def __iter__(self) -> Iterator:
-        began = time.monotonic()
-        total = len(self.batches) if hasattr(self.batches, "__len__") else 0
-        for step, batch in enumerate(self.batches, start=1):
-            yield batch
-            if self.shown and total:
-                left = (time.monotonic() - began) / step * (total - step)
-                line = f"{self.what} {step}/{total}, {left:.0f} s left{self.note}"
-                print(f"\r{line}\033[K", end="", file=sys.stderr, flush=True)
-        if self.shown:
-            print("\r\033[K", end="", file=sys.stderr, flush=True)
+    `step` counts from 1; `began` is time.monotonic()'s.
+    """
+    if not sys.stderr.isatty() or get_rank() > 0:
+        return
+    seconds_left = (time.monotonic() - began) / step * (steps - step)
+    line = f"{what} {step}/{steps}, {seconds_left:.0f} s left"
+    if step == steps:
+        line = ""
+    print(f"\r{line}\033[K", end="", file=sys.stderr, flush=True)
 
 
 # ---------------------------------------------------------------- the model
@@ -736,26 +744,24 @@ def normalise(images: Tensor, mean=IMAGENET_MEAN, std=IMAGENET_STD) -> Tensor:
     """Scale uint8 [B, 3, H, W] to float32 of that mean and std; floats stay as they are."""
     if images.is_floating_point():
         return images
-    mean = torch.tensor(mean, device=images.device).view(3, 1, 1) * 255
-    std = torch.tensor(std, device=images.device).view(3, 1, 1) * 255
+    means = torch.tensor(mean, device=images.device).view(3, 1, 1) * 255
+    stds = torch.tensor(std, device=images.device).view(3, 1, 1) * 255
     images = images.to(torch.float32, memory_format=torch.channels_last)
-    return images.sub_(mean).div_(std)  # in place: five times faster
+    return images.sub_(means).div_(stds)  # in place: five times faster
 
 
 class Float32Conv2d(nn.Conv2d):
     """A convolution that computes in float32 under autocast too.
 
-    bfloat16 would move a normalised pixel by up to 0.45 grey levels, and the data hidden in
-    it move it by 1.
+    Hidden data change a pixel by one grey level; rounding to bfloat16, by up to 0.45.
     """
 
     def forward(self, images: Tensor) -> Tensor:
         device = images.device.type
         with torch.autocast(device, enabled=False):
             features = super().forward(images)
-        if torch.is_autocast_enabled(
-            device
-        ):  # a quarter of the memory, 3 % of the time
+        if torch.is_autocast_enabled(device):
+            # Going on in 16 bits: a quarter of the memory for 3 % of the time.
             features = features.to(torch.get_autocast_dtype(device))
         return features
 
@@ -775,7 +781,7 @@ def weights_preset(arch: str, weights: str):
     """
     check_arch(arch)
     known = torchvision.models.get_model_weights(arch).__members__
-    return known[weights if weights in known else "DEFAULT"].transforms()
+    return known.get(weights, known["DEFAULT"]).transforms()
 
 
 def default_image_size(arch: str, weights: str) -> int:
@@ -787,7 +793,7 @@ def default_image_size(arch: str, weights: str) -> int:
 
 def build_model(
     arch: str,
-    classes: int,
+    num_classes: int,
     weights: str = "DEFAULT",
     freeze: bool = False,
     full_res_stem: bool = False,
@@ -796,8 +802,8 @@ def build_model(
 ) -> nn.Module:
     """Return a torchvision classifier with pretrained weights and a new last layer.
 
-    It takes images [B, 3, H, W]: uint8, which it scales by its attributes `mean` and `std`,
-    those of the weights, or floats that are scaled already.  It returns logits [B, classes].
+    It takes images [B, 3, H, W] and returns logits [B, num_classes].  Images of uint8 are
+    scaled by its attributes `mean` and `std`, those of the weights; floats are not.
 
     `weights` is a name of torchvision's, a file, or "none".  A last layer of the right shape
     is kept if its classes are `class_names`, or if a file does not tell them.
@@ -806,7 +812,7 @@ def build_model(
     pixel.  `image_size` is for vision transformers, which are made for one size.
     """
     preset = weights_preset(arch, weights)
-    options = {"num_classes": classes}
+    options = {"num_classes": num_classes}
     if arch.startswith("vit_") and image_size > 0:
         options["image_size"] = image_size
     with explain(f"--arch {arch}"):
@@ -815,15 +821,13 @@ def build_model(
         keep_stem_resolution(model, arch)
     if weights != "none":
         state, trained_classes = load_pretrained(arch, weights)
+        same_classes = trained_classes is None or trained_classes == class_names
         with explain(f"--weights {weights}"):
-            fit_position_embedding(state, model)
-            same_classes = trained_classes in (None, class_names)
-            kept = fit_head(state, model, same_classes)
-            model.load_state_dict(state)
-        print0(f"weights {weights}: {'with its' if kept else 'with a new'} last layer")
+            load_state(model, state, same_classes)
     stem = next(layer for layer in model.modules() if isinstance(layer, nn.Conv2d))
     stem.__class__ = Float32Conv2d  # same weights, same names, another forward
-    set_frozen(model, freeze)
+    if freeze:
+        set_frozen(model, True)
     model.mean, model.std = list(preset.mean), list(preset.std)
     model.register_forward_pre_hook(normalise_input)
     return model.to(memory_format=torch.channels_last)
@@ -847,15 +851,13 @@ def keep_stem_resolution(model: nn.Module, arch: str) -> None:
 
 def find_head(model: nn.Module) -> str:
     """Return the name of the last layer, which gives the logits."""
-    names = []
-    for name, layer in model.named_modules():
-        if isinstance(layer, nn.Conv2d | nn.Linear):
-            names.append(name)
+    kinds = nn.Conv2d | nn.Linear
+    names = [name for name, layer in model.named_modules() if isinstance(layer, kinds)]
     return names[-1]
 
 
 def set_frozen(model: nn.Module, frozen: bool) -> None:
-    """Make all but the last layer trainable, or not."""
+    """Make all layers trainable, or the last one alone."""
     model.requires_grad_(not frozen)
     model.get_submodule(find_head(model)).requires_grad_(True)
 
@@ -866,47 +868,61 @@ def load_pretrained(
     """Return the state dict of torchvision's weights of that name, or of a file, and the
     classes that it was trained on, if they are known.
 
-    A file may be a checkpoint of train.py or another tool's, as long as its parameters
-    have torchvision's names.
+    A file may be a checkpoint of train.py or another tool's, if its parameters have
+    torchvision's names.
     """
-    names = torchvision.models.get_model_weights(arch).__members__
-    if weights in names:
+    known = torchvision.models.get_model_weights(arch).__members__
+    if weights in known:
         cache = f"{torch.hub.get_dir()}/checkpoints, or give --weights FILE or none"
-        with explain(f"cannot load {names[weights].url}; put it into {cache}"):
+        with explain(f"cannot load {known[weights].url}; put it into {cache}"):
             model = torchvision.models.get_model(arch, weights=weights)
-        return model.state_dict(), names[weights].meta["categories"]
-    with explain(f"--weights {weights}: not a file of weights nor of {list(names)}"):
-        state = torch.load(weights, map_location="cpu", weights_only=True)
-        classes = state.get("classes")
+        return model.state_dict(), known[weights].meta["categories"]
+    with explain(f"--weights {weights}: not a file of weights nor of {list(known)}"):
+        content = torch.load(weights, map_location="cpu", weights_only=True)
+        state = content
         for key in ("model", "state_dict", "model_state_dict"):
-            state = state.get(key, state)
-        for prefix in ("module.", "_orig_mod.", "model."):  # of wrappers that saved it
+            state = content.get(key, state)
+        for prefix in ("module.", "_orig_mod.", "model."):  # of what wrapped the model
             consume_prefix_in_state_dict_if_present(state, prefix)
-        for key in list(state):  # as in torchvision's own old files of densenet
+        for key in list(state):
+            # torchvision's file of densenet has "denselayer1.norm.1" for "denselayer1.norm1".
             new_key = re.sub(r"(denselayer\d+\.\w+)\.([12])\.", r"\1\2.", key)
             state[new_key] = state.pop(key)
-        return state, classes
+        return state, content.get("classes")
 
 
-def fit_position_embedding(state: dict[str, Tensor], model: nn.Module) -> None:
-    """Interpolate a vision transformer's state dict to the image size of the model."""
+def load_state(model: nn.Module, state: dict[str, Tensor], same_classes: bool) -> None:
+    """Load a state dict, whose last layer gives way to the model's if it does not fit."""
     if isinstance(model, VisionTransformer):
         size, patch = model.image_size, model.patch_size
         state.update(interpolate_embeddings(size, patch, state))
-
-
-def fit_head(state: dict[str, Tensor], model: nn.Module, same_classes: bool) -> bool:
-    """Return whether the state dict's last layer fits; else put the model's into it."""
-    head = model.get_submodule(find_head(model)).state_dict(
-        prefix=find_head(model) + "."
+    name = find_head(model)
+    new_head = model.get_submodule(name).state_dict(prefix=f"{name}.")
+    same_shapes = all(
+        key in state and state[key].shape == tensor.shape
+        for key, tensor in new_head.items()
     )
-    fits = same_classes
-    for key, new in head.items():
-        if key not in state or state[key].shape != new.shape:
-            fits = False
-    if not fits:
-        state.update(head)
-    return fits
+    if same_classes and same_shapes:
+        print0(f"kept the last layer of the weights, {name}")
+    else:
+        print0(f"the last layer, {name}, is new")
+        state.update(new_head)
+    model.load_state_dict(state)
+
+
+def restore_model(checkpoint: dict) -> nn.Module:
+    """Return the model of a checkpoint of train.py."""
+    args = checkpoint["args"]
+    model = build_model(
+        args["arch"],
+        len(checkpoint["classes"]),
+        "none",
+        full_res_stem=args["full_res_stem"],
+        image_size=args["image_size"],
+    )
+    model.load_state_dict(checkpoint["model"])
+    model.mean, model.std = checkpoint["mean"], checkpoint["std"]
+    return model
 
 
 # ---------------------------------------------------------------- several processes
@@ -934,35 +950,32 @@ def all_gather(value: object) -> list:
     return values
 
 
-def collect_in_turn(mine: list[Tensor]) -> Tensor:
-    """Return the rows of all batches, which were dealt to the processes in turn."""
+def gather_batches(mine: list) -> list:
+    """Return the results of all batches in order, which were dealt to the processes in turn:
+    [[0, 2, 4], [1, 3]] gives [0, 1, 2, 3, 4]."""
     rounds = itertools.zip_longest(*all_gather(mine))
-    batches = [batch for dealt in rounds for batch in dealt if batch is not None]
-    return torch.cat(batches) if batches else torch.empty(0)
+    return [result for dealt in rounds for result in dealt if result is not None]
 
 
 def average_gradients(model: nn.Module) -> None:
     """Replace each gradient by its mean over the processes.
 
-    In place of DistributedDataParallel, which regroups the gradients after its first step,
-    so that a resumed run would round otherwise, and wants to know at once what is frozen.
+    Not by DistributedDataParallel: it regroups the gradients after its first step, so that
+    a resumed run rounds differently, and what is frozen cannot change.  The weights are the
+    same in all processes from the start, as all seed alike.
     """
     world = get_world_size()
     if world == 1:
         return
-    gradients = []
-    for parameter in model.parameters():
-        if parameter.grad is not None:
-            gradients.append(parameter.grad)
-    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    parameters = [p for p in model.parameters() if p.grad is not None]
+    flat = torch.cat([p.grad.flatten() for p in parameters])
     dist.all_reduce(flat)
-    flat /= world
-    sizes = [gradient.numel() for gradient in gradients]
-    for gradient, mean in zip(gradients, flat.split(sizes)):
-        gradient.copy_(mean.view_as(gradient))
+    means = (flat / world).split([p.numel() for p in parameters])
+    for parameter, mean in zip(parameters, means):
+        parameter.grad.copy_(mean.view_as(parameter))
 
 
-def start_device(name: str) -> torch.device:
+def start_process(name: str) -> torch.device:
     """Return the device to work on; under torchrun, join the other processes."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -972,14 +985,16 @@ def start_device(name: str) -> torch.device:
         device = torch.empty(0, device=name).device
         if device.type == "cuda":
             torch.cuda.set_device(device)
-    # Not by WORLD_SIZE, which may be left over from something else: it would wait for ever.
+    # Not if WORLD_SIZE is set, as it may be left over: init_process_group waits for ever.
     if dist.is_torchelastic_launched() and not dist.is_initialized():
         dist.init_process_group()
     return device
 
 
-def choose_precision(device: torch.device) -> str:
-    """Return what the hardware is made for: "bf16", "fp16", or else "fp32"."""
+def choose_precision(name: str, device: torch.device) -> str:
+    """Return the precision; "auto" is what the hardware is made for."""
+    if name != "auto":
+        return name
     if device.type == "cuda":
         capability = torch.cuda.get_device_capability(device)
         if capability >= (8, 0):
@@ -1000,15 +1015,12 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, DTYPES[precision], enabled=enabled)
 
 
-def set_mode(module: nn.Module, training: bool) -> None:
-    """Put a criterion that is a module into training mode, or out of it."""
-    if isinstance(module, nn.Module):
-        module.train(training)
-
-
 def set_training_mode(model: nn.Module, keep_batch_norm: bool) -> None:
-    """Put a model into training mode, less what is to keep its pretrained statistics:
-    a frozen backbone, and if wanted all batch normalisation."""
+    """Put a model into training mode, except what keeps its statistics.
+
+    That is a frozen backbone, which drops nothing out either, and all batch normalisation
+    if `keep_batch_norm`.
+    """
     frozen = not all(parameter.requires_grad for parameter in model.parameters())
     model.train(not frozen)
     if keep_batch_norm:
@@ -1018,7 +1030,7 @@ def set_training_mode(model: nn.Module, keep_batch_norm: bool) -> None:
 
 
 class BadLoss(AlasaError):
-    """A training loss that is not finite; `step` counts the epoch's batches from 0."""
+    """A training loss that is not finite; `step` counts the epoch's batches from 1."""
 
     def __init__(self, loss: float, step: int):
         super().__init__(f"the loss became {loss} in batch {step}")
@@ -1038,28 +1050,26 @@ def train_one_epoch(
 ) -> dict[str, float]:
     """Train on every batch once; return train_loss and train_accuracy.
 
-    They are the criterion of, and the accuracy of, all logits of the epoch at once, as
-    `evaluate` has them for validation; each logit is of its own step, before the update.
-    `scheduler` steps with each batch; `scaler` is for fp16.  BadLoss if a loss is not finite.
+    Both are of all logits of the epoch at once, as `evaluate`'s; each logit is from before
+    its step's update.  `scheduler` steps with each batch; `scaler` is for fp16.  BadLoss if
+    the loss of a batch is not finite.
     """
     device = next(model.parameters()).device
-    if scaler is None:
-        scaler = torch.amp.GradScaler(device.type, enabled=False)
+    scaler = scaler or torch.amp.GradScaler(device.type, enabled=False)
     set_training_mode(model, keep_batch_norm)
-    set_mode(criterion, training=True)
+    if isinstance(criterion, nn.Module):
+        criterion.train()
     all_logits, all_labels = [], []
-    progress = Progress(batches, "training")
-    for step, (images, labels) in enumerate(progress):
-        images = images.to(device, non_blocking=True)
+    began = time.monotonic()
+    for step, (images, labels) in enumerate(batches, start=1):
         labels = labels.to(device, non_blocking=True)
         with autocast(device, precision):
-            logits = model(images)
-        logits = logits.float()
-        loss = criterion(logits, labels)
-        if not loss.isfinite():
-            raise BadLoss(loss.item(), step)
+            logits = model(images.to(device, non_blocking=True)).float()
+        batch_loss = criterion(logits, labels)
+        if not batch_loss.isfinite():
+            raise BadLoss(batch_loss.item(), step)
         optimizer.zero_grad()
-        scaler.scale(loss).backward()
+        scaler.scale(batch_loss).backward()
         average_gradients(model)
         scaler.step(optimizer)
         scaler.update()
@@ -1067,45 +1077,61 @@ def train_one_epoch(
             scheduler.step()
         all_logits.append(logits.detach().cpu())
         all_labels.append(labels.cpu())
-        progress.note = f", loss {loss.item():.4f}"
-    logits, labels = collect_in_turn(all_logits), collect_in_turn(all_labels)
-    loss = compute_loss(criterion, logits, labels, device)
-    accuracy = (logits.argmax(1) == labels).double().mean().item()
+        show_progress(f"training, loss {batch_loss:.4f}", step, len(batches), began)
+    epoch_logits = torch.cat(gather_batches(all_logits))
+    epoch_labels = torch.cat(gather_batches(all_labels))
+    loss = total_loss(criterion, epoch_logits, epoch_labels, device)
+    accuracy = (epoch_logits.argmax(1) == epoch_labels).double().mean().item()
     return {"train_loss": loss, "train_accuracy": accuracy}
 
 
 @torch.no_grad()
-def compute_loss(
+def total_loss(
     criterion, logits: Tensor, labels: Tensor, device: torch.device
 ) -> float:
     """Return the criterion, out of training mode, of all logits [N, classes] at once."""
-    set_mode(criterion, training=False)
+    if isinstance(criterion, nn.Module):
+        criterion.eval()
     return criterion(logits.to(device), labels.to(device)).item()
 
 
 @torch.inference_mode()
 def infer(
-    model: nn.Module, batches: Iterable[Tensor], precision: str = "fp32", views: int = 1
-) -> Tensor:
-    """Return the logits of all images in order, over all processes: float32 [N, classes].
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, object]],
+    precision: str = "fp32",
+    views: int = 1,
+) -> tuple[Tensor, list]:
+    """Return the logits of all images in order, over all processes: float32 [N, classes],
+    and of each batch what stood beside its images: labels, or errors.
 
-    They are the mean over the first `views` of `d4_view`: test-time augmentation.
+    The logits are the mean over the first `views` of `d4_view`: test-time augmentation.
+    The model ends in evaluation mode, with the batch statistics of the first process.
     """
     device = next(model.parameters()).device
     model.eval()
     if get_world_size() > 1:
-        for buffer in model.buffers():  # batch statistics differ by process
+        for buffer in model.buffers():
             dist.broadcast(buffer, src=0)
-    all_logits = []
-    for images in batches:
-        images = images.to(device, non_blocking=True)
-        total = 0
-        for view in range(views):
-            with autocast(device, precision):
-                logits = model(d4_view(images, view))
-            total = total + logits.float()
-        all_logits.append((total / views).cpu())
-    return collect_in_turn(all_logits)
+    all_logits, all_beside = [], []
+    began = time.monotonic()
+    for step, (images, beside) in enumerate(batches, start=1):
+        all_beside.append(beside)
+        if len(images) > 0:
+            images = images.to(device, non_blocking=True)
+            all_logits.append(mean_logits(model, images, precision, views).cpu())
+        show_progress("evaluation", step, len(batches), began)
+    logits = gather_batches(all_logits)
+    return torch.cat(logits) if logits else torch.empty(0), gather_batches(all_beside)
+
+
+def mean_logits(model: nn.Module, images: Tensor, precision: str, views: int) -> Tensor:
+    """Return the mean over the views of the logits of a batch."""
+    logits = []
+    for view in range(views):
+        with autocast(images.device, precision):
+            logits.append(model(d4_view(images, view)).float())
+    return torch.stack(logits).mean(dim=0)
 
 
 def evaluate(
@@ -1114,20 +1140,13 @@ def evaluate(
     criterion,
     precision: str = "fp32",
 ) -> dict[str, float]:
-    """Return the loss and the scores of labelled images, over all processes."""
-    all_labels = []
-
-    def images_only() -> Iterator[Tensor]:
-        for images, labels in Progress(batches, "validation"):
-            all_labels.append(labels)
-            yield images
-
-    logits = infer(model, images_only(), precision)
-    labels = collect_in_turn(all_labels)
+    """Return valid_loss, valid_accuracy, auc and wauc of labelled images."""
+    logits, batch_labels = infer(model, batches, precision)
+    labels = torch.cat(batch_labels)
     device = next(model.parameters()).device
     scores = score(labels, logits)
     return {
-        "valid_loss": compute_loss(criterion, logits, labels, device),
+        "valid_loss": total_loss(criterion, logits, labels, device),
         "valid_accuracy": scores["accuracy"],
         "auc": scores["auc"],
         "wauc": scores["wauc"],
@@ -1154,7 +1173,7 @@ def score(labels: Tensor, logits: Tensor) -> dict[str, float]:
     if present.all():
         aucs = []
         for k in range(classes):
-            aucs.append(weighted_auc(labels != k, against[:, k], twice=0))
+            aucs.append(weighted_auc(labels != k, against[:, k], doubled_below=0))
         scores["auc"] = float(np.mean(aucs))
     if present[0] and present[1:].any():
         scores["wauc"] = weighted_auc(labels != 0, against[:, 0])
@@ -1170,44 +1189,54 @@ def log_odds_against(logits: np.ndarray) -> np.ndarray:
     """Return log(P(not class k) / P(class k)) as [N, classes]: it still ranks images where
     the probabilities of a sure network are rounded to 1.
 
-    P(not class k) is summed over the classes before k and those after it, without k, and in
-    time that grows with the number of classes, not with its square.
+    P(not class k) is that of the classes before k and after it: of logits a, b, c it is
+    logaddexp(-inf, b + c), (a, c), (a + b, -inf), where + is logaddexp too.
     """
-    nothing = np.full((len(logits), 1), -np.inf)
+    none = np.full((len(logits), 1), -np.inf)
     up_to = np.logaddexp.accumulate(logits, axis=1)
-    down_to = np.logaddexp.accumulate(logits[:, ::-1], axis=1)[:, ::-1]
-    before = np.hstack([nothing, up_to[:, :-1]])
-    after = np.hstack([down_to[:, 1:], nothing])
+    from_on = np.logaddexp.accumulate(logits[:, ::-1], axis=1)[:, ::-1]
+    before = np.hstack([none, up_to[:, :-1]])
+    after = np.hstack([from_on[:, 1:], none])
     return np.logaddexp(before, after) - logits
 
 
-def weighted_auc(y_true: np.ndarray, y_score: np.ndarray, twice: float = 0.4) -> float:
-    """Return the area under the ROC curve, in 0..1, where TPR below `twice` counts twice:
-    (AUC + integral of min(TPR, twice) dFPR) / (1 + twice), as in the ALASKA2 competition.
+def weighted_auc(
+    y_true: np.ndarray, y_score: np.ndarray, doubled_below: float = 0.4
+) -> float:
+    """Return the area under the ROC curve, in 0..1, where a true positive rate below 0.4
+    counts twice: (AUC + integral of min(TPR, 0.4) dFPR) / 1.4, as in the ALASKA2
+    competition.  `doubled_below` is that 0.4; 0 gives the plain AUC.
 
     `y_true` [N] is 0 or 1, `y_score` [N] is higher for a likelier 1; equal scores are one
     straight segment.  ValueError if a score is NaN or a class is missing.
     """
-    from sklearn.metrics import roc_curve  # here, as it takes a second to import
-
     y_true = np.asarray(y_true, dtype=bool)
     y_score = np.asarray(y_score, dtype=float)
     if y_true.all() or not y_true.any() or np.isnan(y_score).any():
         raise ValueError("an ROC curve needs positives, negatives and no NaN")
-    fpr, tpr, _ = roc_curve(y_true, y_score, drop_intermediate=False)
-    # Add the corner where the curve crosses `twice`.  Both axes only rise: sorting places it.
-    fpr = np.sort(np.append(fpr, np.interp(twice, tpr, fpr)))
-    tpr = np.sort(np.append(tpr, twice))
-    return float(np.trapezoid(tpr + np.minimum(tpr, twice), fpr)) / (1 + twice)
+    # Not scikit-learn's roc_curve, whose import takes a second of each run.
+    order = np.argsort(-y_score, kind="stable")
+    positives = y_true[order].cumsum()
+    negatives = (~y_true[order]).cumsum()
+    ends_a_tie = np.append(np.diff(y_score[order]) != 0, True)
+    tpr = np.append(0, positives[ends_a_tie] / positives[-1])
+    fpr = np.append(0, negatives[ends_a_tie] / negatives[-1])
+    # A corner where the curve crosses 0.4: both axes only rise, so sorting places it.
+    fpr = np.sort(np.append(fpr, np.interp(doubled_below, tpr, fpr)))
+    tpr = np.sort(np.append(tpr, doubled_below))
+    area = np.trapezoid(tpr + np.minimum(tpr, doubled_below), fpr)
+    return float(area) / (1 + doubled_below)
 
 
 def best_epoch(history: list[dict[str, float]], monitor: str) -> int:
-    """Return the number of the epoch with the highest score, of equal ones that with the
-    lowest validation loss; 0 if no score is finite."""
+    """Return the number of the epoch with the highest finite score, 0 if there is none.
+
+    Ties go to the lowest validation loss, as a score of ranks alone is soon at its highest.
+    """
     best, best_key = 0, (-math.inf, -math.inf)
     for row in history:
-        loss = row["valid_loss"] if math.isfinite(row["valid_loss"]) else math.inf
-        key = (row[monitor], -loss)
+        loss = row["valid_loss"]
+        key = (row[monitor], -loss if math.isfinite(loss) else -math.inf)
         if math.isfinite(row[monitor]) and key > best_key:
             best, best_key = row["epoch"], key
     return best
@@ -1218,34 +1247,37 @@ def best_epoch(history: list[dict[str, float]], monitor: str) -> int:
 
 @contextlib.contextmanager
 def atomic_write(path: str) -> Iterator[IO[bytes]]:
-    """Open a file that replaces `path` once it is whole, or not at all, be the disk full or
-    the power lost."""
-    part = f"{path}.{os.getpid()}.part"
+    """Open a file that replaces `path` once it is whole, or not at all, even if the disk is
+    full or the power fails."""
+    part = part_of(path)
     try:
-        if os.path.exists(path) and not os.path.isfile(path):
-            raise OSError("not a regular file")  # it may be /dev/null
         with open(part, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
     except (OSError, RuntimeError) as error:
-        why = error
+        cause = error
         if isinstance(error, RuntimeError) and error.__context__ is not None:
-            why = error.__context__  # torch.save hides what happened to the file
-        if isinstance(why, KeyboardInterrupt):
-            raise why from None
-        raise AlasaError(f"{path}: cannot be written: {why}") from error
+            cause = error.__context__  # torch.save hides what happened to the file
+        if isinstance(cause, KeyboardInterrupt):
+            raise cause from None
+        raise AlasaError(f"{path}: cannot be written: {cause}") from error
     finally:
-        Path(part).unlink(missing_ok=True)
+        part.unlink(missing_ok=True)
+
+
+def part_of(path: str) -> Path:
+    """Return the file that becomes `path`; AlasaError if that is no file, as /dev/null."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise AlasaError(f"{path}: cannot be written: not a regular file")
+    return Path(f"{path}.{os.getpid()}.part")  # other processes have others
 
 
 def check_writable(path: str) -> None:
-    """Raise AlasaError if `atomic_write` could not even begin to replace a file."""
-    part = Path(f"{path}.{os.getpid()}.part")
+    """Raise AlasaError if `atomic_write` could not even begin to write."""
+    part = part_of(path)
     with explain(f"{path}: cannot be written"):
-        if os.path.exists(path) and not os.path.isfile(path):
-            raise OSError("not a regular file")
         part.touch()
         part.unlink()
 
@@ -1254,7 +1286,7 @@ def check_writable(path: str) -> None:
 def run_folder(folder: str) -> Iterator[None]:
     """Keep the folder of a run for this process alone, until the block ends or it dies.
 
-    AlasaError if another run is writing there, or if the folder cannot be written.
+    AlasaError if another run is writing there, or if a file of a run cannot be written.
     Where no epoch was saved, nothing is left behind.
     """
     if get_rank() > 0:
@@ -1264,30 +1296,30 @@ def run_folder(folder: str) -> Iterator[None]:
         os.makedirs(folder, exist_ok=True)
         check_writable(f"{folder}/.lock")
     with open(f"{folder}/.lock", "w") as lock:
-        if fcntl is not None:
-            try:
-                # Not flock, which lives on in workers when this process is killed.
-                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                what = f"--out {folder}: another run is writing there"
-                raise AlasaError(what) from None
-        for name in RUN_FILES:
-            check_writable(f"{folder}/{name}")
-        for part in Path(folder).glob("*.part"):
-            part.unlink()  # of a run that was killed
+        take_lock(lock, folder)
         try:
+            for name in RUN_FILES:
+                check_writable(f"{folder}/{name}")
+                for part in Path(folder).glob(f"{name}.*.part"):
+                    part.unlink()  # of a run that was killed
             yield
-        except KeyboardInterrupt:
-            if os.path.exists(f"{folder}/last.pt"):
-                advice = f"--resume goes on from {folder}/last.pt"
-                raise KeyboardInterrupt(advice) from None
-            raise KeyboardInterrupt("no epoch was saved") from None
         finally:
             if not os.path.exists(f"{folder}/last.pt"):
                 Path(f"{folder}/batch.png").unlink(missing_ok=True)
             Path(f"{folder}/.lock").unlink(missing_ok=True)
             with contextlib.suppress(OSError):
                 os.rmdir(folder)  # if nothing is in it
+
+
+def take_lock(lock: IO[str], folder: str) -> None:
+    """Lock an open file until it is closed or this process dies, even by SIGKILL."""
+    if fcntl is None:
+        return
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # workers inherit a flock
+    except OSError:
+        what = f"--out {folder}: another run is writing there"
+        raise AlasaError(what) from None
 
 
 def load_checkpoint(path: str) -> dict:
@@ -1297,29 +1329,35 @@ def load_checkpoint(path: str) -> dict:
         if damaged:
             raise ValueError(f"{damaged} is damaged")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        lacking = {"model", "classes", "args", "history"} - checkpoint.keys()
+        needed = {"model", "classes", "args", "history", "data", "mean", "std"}
+        lacking = needed - checkpoint.keys()
         if lacking:
             raise ValueError(f"it has no {sorted(lacking)}")
         return checkpoint
 
 
+# ---------------------------------------------------------------- pictures
+
+
 def short_name(name: str, most: int = 24) -> str:
-    """Return a class or file name as a figure can show it."""
+    """Return a class name as a figure can show it."""
     if len(name) > most:
         name = name[: most - 1] + "\u2026"
-    # Matplotlib leaves names that begin with "_" out of legends, and reads "$" as formulas.
-    return name.replace("$", r"\$").removeprefix("_")
+    # Matplotlib reads "$" as a formula, and leaves names that begin with "_" out of legends.
+    return name.replace("$", r"\$").lstrip("_")
 
 
-def draw_images(figure, columns: int, images: list, titles: list[str]) -> None:
+def draw_images(
+    figure: FigureBase, columns: int, images: list[np.ndarray], titles: list[str]
+) -> None:
     """Show images [H, W, 3] with their titles in rows of so many."""
     rows = math.ceil(len(images) / columns)
-    axes = figure.subplots(rows, columns, squeeze=False).flatten()
-    for ax in axes:
-        ax.set_axis_off()
-    for ax, image, title in zip(axes, images, titles):
-        ax.imshow(image)
-        ax.set_title(title, fontsize=8)
+    every_axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axes in every_axes:
+        axes.set_axis_off()
+    for axes, image, title in zip(every_axes, images, titles):
+        axes.imshow(image)
+        axes.set_title(title, fontsize=8)
 
 
 # ---------------------------------------------------------------- scripts
@@ -1328,56 +1366,64 @@ def draw_images(figure, columns: int, images: list, titles: list[str]) -> None:
 ADVICE = {
     "out of memory": "give a lower --batch-size or --image-size",
     "can't allocate memory": "give a lower --batch-size or --image-size",
-    "DataLoader worker": "a worker was lost; try --workers 0",
+    "DataLoader worker": "a worker was lost, try --workers 0",
     "shared memory": "try --workers 0",
 }
 
 
-def one_line(error: BaseException) -> str | None:
-    """Return what to tell of a fault that the user can mend; None for a bug."""
-    message = " ".join(str(error).split())
-    if isinstance(error, AlasaError):
-        # A worker's error comes with its traceback, which ends with the message.
-        return message.rsplit("alasa.AlasaError: ", maxsplit=1)[-1]
-    if isinstance(error, RuntimeError | MemoryError):
+def one_line(error: Exception) -> str | None:
+    """Return what to tell of a fault that the user can mend; None of a bug."""
+    # A worker's error comes with its traceback, which ends with the message.
+    message = str(error).rsplit("alasa.AlasaError: ", maxsplit=1)[-1]
+    message = " ".join(message.split())
+    if isinstance(error, RuntimeError | MemoryError | AlasaError):
         for sign, advice in ADVICE.items():
             if sign in message:
-                return f"{advice}: {message[:200]}"
-    if isinstance(error, OSError):
+                return f"{advice}: {message[:300]}"
+    if isinstance(error, AlasaError | OSError):
         return message
     return None
 
 
-@contextlib.contextmanager
-def as_script() -> Iterator[None]:
-    """What a script does and a library must not: tune its process, and end in one line."""
+def tune_process() -> None:
+    """Set what suits a script's process, and is not a library's to set."""
     # glibc returns large buffers to the kernel and faults them in anew at each step.  With
     # M_MMAP_MAX (-4) 0 and M_TRIM_THRESHOLD (-1) at most it keeps them: a third faster.
     with contextlib.suppress(AttributeError, TypeError):  # no other libc has mallopt
         ctypes.CDLL(None).mallopt(-4, 0)
         ctypes.CDLL(None).mallopt(-1, 2**31 - 1)
-    os.environ["MPLBACKEND"] = "agg"  # a notebook's may not be there
     for module in ("PIL", "matplotlib"):  # damaged metadata, letters that a font lacks
         warnings.filterwarnings("ignore", module=module)
-    with open(os.devnull, "w") as nowhere:
-        sys.stdout = sys.stdout or nowhere  # None if the caller closed it
-        sys.stderr = sys.stderr or nowhere
-        sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
-        with ending_in_one_line():
-            yield
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # the caller closed it
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
 
 
 @contextlib.contextmanager
-def ending_in_one_line() -> Iterator[None]:
-    """Exit with 2 and one line for a fault that the user can mend, with 130 for Ctrl-C."""
+def as_script(advice: str = "") -> Iterator[None]:
+    """Tune the process, and end it: a fault that the user can mend is told in one line,
+    and Ctrl-C with an advice.
+
+    The exit code is 2 for such a fault, 130 for Ctrl-C, else that of sys.exit, or 0.
+    """
+    tune_process()
+    code = 0
     try:
         yield
-    except KeyboardInterrupt as stop:
-        print("interrupted;", stop, file=sys.stderr)
-        sys.exit(130)
+    except SystemExit as stop:
+        code = stop.code
+    except KeyboardInterrupt:
+        print(f"interrupted{advice}", file=sys.stderr)
+        code = 130
     except Exception as error:
         line = one_line(error)
         if line is None:
             raise
         print("error:", line, file=sys.stderr)
-        sys.exit(2)
+        code = 2
+    for worker in multiprocessing.active_children():
+        worker.kill()  # else it would live on for seconds, and hold the pipes
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # all is written, and torch takes a second to tear itself down

@@ -8,15 +8,15 @@ python predict.py photo1.jpg photo2.jpg some-folder
 import os
 import sys
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
-from collections.abc import Iterator
 
 import numpy as np
 import pandas as pd
 import torch
+import torch.distributed as dist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from sklearn.metrics import classification_report, confusion_matrix, roc_curve
-from torch import Tensor, nn
+from torch import Tensor
 
 import alasa
 from alasa import AlasaError, atomic_write
@@ -65,24 +65,43 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     return args
 
 
-def read_inputs(args: Namespace, trained: Namespace) -> pd.DataFrame:
+def default_test_csv(trained: Namespace) -> str:
+    """Return the test.csv beside the training CSV, or the test folder beside its folder."""
+    folder = os.path.dirname(trained.train_csv.rstrip("/"))
+    name = "test" if os.path.isdir(trained.train_csv) else "test.csv"
+    return os.path.join(folder, name)
+
+
+def read_inputs(args: Namespace, test_csv: str, trained: Namespace) -> pd.DataFrame:
     """Return the images to predict, one a row, with labels where there are any."""
-    if not args.images:
-        source = args.test_csv
-        if source is None:
-            source = os.path.join(os.path.dirname(trained.train_csv), "test.csv")
-        root = trained.image_root if args.image_root is None else args.image_root
-        image_column = args.image_column or trained.image_column
-        label_column = args.label_column or trained.label_column
-        return alasa.read_rows(source, image_column, label_column, root)
+    if args.images:
+        return read_arguments(args.images)
+    image_root = trained.image_root if args.image_root is None else args.image_root
+    frame = alasa.read_rows(
+        test_csv,
+        args.image_column or trained.image_column,
+        args.label_column or trained.label_column,
+        image_root,
+    )
+    if args.label_column and "label" not in frame:
+        raise AlasaError(f"{test_csv}: has no column {args.label_column!r}")
+    return frame
+
+
+def read_arguments(paths: list[str]) -> pd.DataFrame:
+    """Return a row for each image file, and for each image in each folder."""
     frames = []
-    for number, path in enumerate(args.images, start=1):
+    for number, path in enumerate(paths, start=1):
         if os.path.isdir(path):
-            frames.append(alasa.read_folder(path))
+            frame = alasa.read_folder(path)
+            frames.append(frame.assign(image=frame["path"]))
         else:
             image = {"image": path, "path": path}
             frames.append(pd.DataFrame(image, index=[f"image {number}"]))
-    return pd.concat(frames)
+    frame = pd.concat(frames)
+    if "label" in frame:
+        frame["label"] = frame["label"].fillna("")
+    return frame
 
 
 def check_outputs(inputs: list[str], outputs: list[str]) -> None:
@@ -94,42 +113,32 @@ def check_outputs(inputs: list[str], outputs: list[str]) -> None:
         alasa.check_writable(path)
 
 
-def load_model(checkpoint: dict, trained: Namespace) -> nn.Module:
-    model = alasa.build_model(
-        trained.arch,
-        len(checkpoint["classes"]),
-        "none",
-        full_res_stem=trained.full_res_stem,
-        image_size=trained.image_size,
-    )
-    model.load_state_dict(checkpoint["model"])
-    model.mean, model.std = checkpoint["mean"], checkpoint["std"]
-    return model
-
-
 def predict_logits(
-    model: nn.Module, batches: Iterator, classes: int, precision: str, views: int
+    frame: pd.DataFrame, checkpoint: dict, args: Namespace, trained: Namespace
 ) -> tuple[Tensor, np.ndarray]:
-    """Return of all images the logits [N, classes], and why one failed [N], or "".
+    """Return for all images the logits [N, classes], and the error or "" [N].
 
     The logits of an image that could not be read are NaN.
     """
-    errors = []
+    device = alasa.start_process(args.device)
+    precision = alasa.choose_precision(args.precision or trained.precision, device)
+    data = alasa.TolerantDataset(frame, alasa.make_transform(trained.image_size))
+    batch_size = args.batch_size or trained.batch_size
+    loader = alasa.make_loader(data, batch_size, args.workers)
+    batches = iter(loader)  # forks the workers, before the model makes the heap grow
+    with alasa.preserved_globals():
+        alasa.seed_everything(trained.seed)
+        model = alasa.restore_model(checkpoint).to(device)
+        views = alasa.VIEWS[trained.augment] if args.tta else 1
+        found, batch_errors = alasa.infer(model, batches, precision, views)
 
-    def readable() -> Iterator[Tensor]:
-        for images, batch_errors in alasa.Progress(batches, "prediction"):
-            errors.extend(batch_errors)
-            if len(images) > 0:
-                yield images
-
-    found = alasa.infer(model, readable(), precision, views)
-    read = torch.tensor([error == "" for error in errors])
-    logits = torch.full((len(errors), classes), torch.nan)
+    errors = np.concatenate([np.array(part, dtype=object) for part in batch_errors])
+    logits = torch.full((len(frame), len(checkpoint["classes"])), torch.nan)
+    read = torch.from_numpy(errors == "")
     if len(found) > 0:
         logits[read] = found
-    overflown = read & ~logits.isfinite().all(dim=1)
-    errors = np.array(errors, dtype=object)
-    errors[overflown.numpy()] = "the model's logits are not finite"
+    overflowed = read & ~logits.isfinite().all(dim=1)
+    errors[overflowed.numpy()] = "the model's logits are not finite"
     return logits, errors
 
 
@@ -203,14 +212,14 @@ def plot_roc(ax: Axes, labels: np.ndarray, p: np.ndarray, classes: list[str]) ->
 
 
 def plot_report(
-    labels: np.ndarray, logits: Tensor, classes: list[str], paths: np.ndarray
+    labels: np.ndarray, logits: Tensor, classes: list[str], paths: list[str]
 ) -> Figure:
     """Show the confusion matrix, the ROC curves, and the most wrong images."""
     p = logits.double().softmax(1).numpy()
     predicted = logits.argmax(1).numpy()
     p_of_true = p[np.arange(len(labels)), labels]
-    wrong = np.flatnonzero(predicted != labels)
-    most_wrong = wrong[p_of_true[wrong].argsort(kind="stable")][:MOST_WRONG]
+    rising = p_of_true.argsort(kind="stable")
+    most_wrong = [row for row in rising if predicted[row] != labels[row]][:MOST_WRONG]
 
     figure = Figure(figsize=(12, 10), layout="constrained")
     top, bottom = figure.subfigures(2, 1, height_ratios=[3, 2])
@@ -232,73 +241,55 @@ def plot_report(
     return figure
 
 
+def score_predictions(
+    frame: pd.DataFrame, logits: Tensor, classes: list[str], picture: str
+) -> None:
+    """Print and draw the scores of the images whose label is one of the classes."""
+    known = frame["label"].isin(classes).to_numpy()
+    if not known.all():
+        other = frame["label"][~known].iloc[0]
+        print(
+            f"not scored: {(~known).sum()} images whose label is no class, as {other!r}"
+        )
+    scored = known & logits.isfinite().all(dim=1).numpy()
+    if not scored.any():
+        return
+    index_of = {name: index for index, name in enumerate(classes)}
+    labels = frame["label"][scored].map(index_of).to_numpy()
+    paths = frame["path"][scored].tolist()
+    print_report(labels, logits[scored], classes)
+    figure = plot_report(labels, logits[scored], classes, paths)
+    with atomic_write(picture) as file:
+        figure.savefig(file, dpi=100)
+    print(f"confusion matrix, ROC curves and the most wrong images in {picture}")
+
+
 def main(args: Namespace) -> pd.DataFrame:
     """Write predictions.csv and return its rows; score them if there are labels."""
-    if alasa.dist.is_torchelastic_launched():
+    if dist.is_torchelastic_launched():
         raise AlasaError("predict.py is one process: start it without torchrun")
     checkpoint = alasa.load_checkpoint(args.checkpoint)
     trained, classes = Namespace(**checkpoint["args"]), checkpoint["classes"]
-    frame = read_inputs(args, trained)
-    outputs = [args.output]
-    if "label" in frame:
-        outputs.append(f"{os.path.splitext(args.output)[0]}.png")
-    check_outputs([args.checkpoint, args.test_csv or "", *frame["path"]], outputs)
+    test_csv = args.test_csv or default_test_csv(trained)
+    frame = read_inputs(args, test_csv, trained)
+    picture = f"{os.path.splitext(args.output)[0]}.png"
+    outputs = [args.output, picture] if "label" in frame else [args.output]
+    check_outputs([args.checkpoint, test_csv, *frame["path"]], outputs)
 
-    device = alasa.start_device(args.device)
-    precision = args.precision or trained.precision
-    if precision == "auto":
-        precision = alasa.choose_precision(device)
-    data = alasa.TolerantDataset(frame, alasa.make_transform(trained.image_size))
-    batch_size = args.batch_size or trained.batch_size
-    loader = alasa.make_loader(data, batch_size, args.workers)
-    batches = alasa.begin_pass(loader, 0)  # before the model makes the heap grow
-    with alasa.preserved_globals():
-        alasa.seed_everything(trained.seed)
-        model = load_model(checkpoint, trained).to(device)
-        views = alasa.VIEWS[trained.augment] if args.tta else 1
-        logits, errors = predict_logits(model, batches, len(classes), precision, views)
-
+    logits, errors = predict_logits(frame, checkpoint, args, trained)
     table = make_table(frame["image"].tolist(), classes, logits, errors)
     with atomic_write(args.output) as file:
         table.to_csv(file, index=False, errors="surrogateescape")
     print(f"{len(table)} rows in {args.output}")
-    failed = errors[errors != ""]
-    if len(failed):
-        first = f"first {failed[0]}"
-        print(f"{len(failed)} of {len(table)} failed, {first}", file=sys.stderr)
+    failures = errors[errors != ""]
+    if len(failures) > 0:
+        count = f"{len(failures)} of {len(table)} failed"
+        print(f"{count}, first {failures[0]}", file=sys.stderr)
     if len(table) <= 20:
         print(table.to_string(index=False))
     if "label" in frame:
-        report(frame, errors, logits, classes, outputs[-1])
+        score_predictions(frame, logits, classes, picture)
     return table
-
-
-def report(
-    frame: pd.DataFrame,
-    errors: np.ndarray,
-    logits: Tensor,
-    classes: list[str],
-    picture: str,
-) -> None:
-    """Score the images that did not fail and have a label of the model's classes."""
-    known = frame["label"].isin(classes).to_numpy()
-    if not known.all():
-        label = frame["label"][~known].iloc[0]
-        print(
-            f"not scored: {(~known).sum()} images whose label is no class, as {label!r}"
-        )
-    rows = np.flatnonzero(known & (errors == ""))
-    if len(rows) == 0:
-        return
-    number_of = {name: number for number, name in enumerate(classes)}
-    labels = frame["label"].iloc[rows].map(number_of).to_numpy()
-    print_report(labels, logits[rows], classes)
-    with atomic_write(picture) as file:
-        figure = plot_report(
-            labels, logits[rows], classes, frame["path"].to_numpy()[rows]
-        )
-        figure.savefig(file, dpi=100)
-    print(f"confusion matrix, ROC curves and the most wrong images in {picture}")
 
 
 if __name__ == "__main__":

@@ -24,14 +24,21 @@ from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
 from torch.utils.data import DataLoader
 
 import alasa
-from alasa import AlasaDataset, AlasaError, atomic_write, print0
+from alasa import AlasaDataset, AlasaError, TolerantDataset, atomic_write, print0
 
 DEMO_CSV = "digits/train.csv"
-# Upright figures of 8x8 pixels: nothing to crop or mirror, and no ImageNet to build on.
-DEMO_FLAGS = f"--train-csv {DEMO_CSV} --valid-csv digits/valid.csv --image-size 32"
-DEMO_FLAGS += " --augment none --weights none --batch-size 64 --epochs 8"
+# Digits of 8x8 pixels: nothing to crop or mirror, and no pretrained weights to build on.
+DEMO_FLAGS = f"--train-csv {DEMO_CSV} --valid-csv digits/valid.csv --image-size 16"
+DEMO_FLAGS += " --augment none --arch shufflenet_v2_x0_5 --weights none --full-res-stem"
+DEMO_FLAGS += " --epochs 4 --batch-size 64 --lr 0.01 --weight-decay 0.1"
+DEMO_FLAGS += " --schedule cosine"
 
-# A resumed run may change these flags: by themselves they move no weight.
+# The least values of the flags that are numbers.
+LEAST = {"epochs": 1, "batch_size": 2, "image_size": 0, "workers": 0, "freeze": 0}
+LEAST |= {"lr": 0, "head_lr": 0, "weight_decay": 0, "label_smoothing": 0}
+LEAST |= {"early_stop": 0, "seed": 0}
+
+# A resumed run may change these flags: by themselves they change no weight.
 MAY_CHANGE = {"train_csv", "valid_csv", "image_root", "image_column", "label_column"}
 MAY_CHANGE |= {"workers", "device", "early_stop", "check_images"}
 MAY_CHANGE |= {"epochs", "out", "resume", "overwrite"}
@@ -70,15 +77,16 @@ def make_parser() -> ArgumentParser:
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type=int, default=10, help="passes over the data, in all")
     add("--batch-size", type=int, default=32, help="over all processes")
-    freeze = "epochs that train the last layer alone; without a number: all; "
-    freeze += "None: 1, from scratch 0"
-    add("--freeze", type=int, nargs="?", const=10**9, metavar="EPOCHS", help=freeze)
+    what = "epochs of the last layer alone; no number: all; None: 1, from scratch 0"
+    add("--freeze", type=int, nargs="?", const=10**9, metavar="EPOCHS", help=what)
     add("--lr", type=float, help="learning rate; None: 3e-5, from scratch 1e-3")
     add(
         "--head-lr", type=float, help="of the last layer; None: 3e-3, from scratch --lr"
     )
-    keep = "statistics of batch normalisation; None: keep, from scratch train"
-    add("--batch-norm", choices=["keep", "train"], help=keep)
+    what = (
+        "batch statistics: keep the weights' or train; None: keep, from scratch train"
+    )
+    add("--batch-norm", choices=["keep", "train"], help=what)
     add("--weight-decay", type=float, default=0.01, help="of the optimizer")
     add(
         "--optimizer",
@@ -86,8 +94,8 @@ def make_parser() -> ArgumentParser:
         default="adamw",
         help="sgd: momentum 0.9",
     )
-    schedule = "of the rates: halved when the score stalls, or warm-up and cosine"
-    add("--schedule", choices=["plateau", "cosine"], default="plateau", help=schedule)
+    what = "of the rates: halved when the score stalls, or warm-up and cosine"
+    add("--schedule", choices=["plateau", "cosine"], default="plateau", help=what)
     add("--label-smoothing", type=float, default=0.0, help="of the loss, 0..1")
     monitors = ["auc", "wauc", "accuracy"]
     add("--monitor", choices=monitors, default="auc", help="what makes an epoch best")
@@ -105,7 +113,7 @@ def make_parser() -> ArgumentParser:
 
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
-    """Return the flags, by default those of the command line, with all defaults filled in."""
+    """Return the flags, by default the command line's, with all defaults filled in."""
     parser = make_parser()
     argv = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(argv)
@@ -115,14 +123,6 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
         print("the demo is this command: python train.py", *argv, flush=True)
     if args.train_csv is None or args.valid_csv is None:
         parser.error("--train-csv and --valid-csv belong together")
-
-    least = {"epochs": 1, "batch_size": 2}
-    for name, value in vars(args).items():
-        is_number = isinstance(value, int | float)
-        if is_number and not least.get(name, 0) <= value < float("inf"):
-            parser.error(f"--{name.replace('_', '-')} {value} is out of range")
-    if args.label_smoothing > 1:
-        parser.error("--label-smoothing is at most 1")
 
     pretrained = args.weights != "none"
     if args.freeze is None:
@@ -135,12 +135,17 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
         args.batch_norm = "keep" if pretrained else "train"
     if args.image_size is None:
         args.image_size = alasa.default_image_size(args.arch, args.weights)
+    for name, least in LEAST.items():
+        value = getattr(args, name)
+        most = 1 if name == "label_smoothing" else sys.float_info.max
+        if not least <= value <= most:  # nor is NaN
+            parser.error(f"--{name.replace('_', '-')} {value} is out of range")
     return args
 
 
 def write_digits() -> None:
     """Write the demo's images as PNG files, and test.csv, valid.csv and train.csv."""
-    from sklearn.datasets import load_digits
+    from sklearn.datasets import load_digits  # here, as it takes a second to import
 
     digits = load_digits()
     os.makedirs("digits/images", exist_ok=True)
@@ -157,71 +162,198 @@ def write_digits() -> None:
 
 
 def load_saved(args: Namespace) -> dict | None:
-    """Return the checkpoint to resume, None for a new run; AlasaError if it would replace
-    another run, unless the demo replaces its own."""
+    """Return the checkpoint to resume, or None for a new run.
+
+    AlasaError if that would replace another run, unless the demo replaces its own.
+    """
     last, best = f"{args.out}/last.pt", f"{args.out}/best.pt"
     if args.resume:
         saved = alasa.load_checkpoint(last)
         if alasa.best_epoch(saved["history"], args.monitor) > 0:
-            alasa.load_checkpoint(best)  # or its loss would go unseen
+            alasa.load_checkpoint(best)  # better to fail now than to end without it
         return saved
     found = [path for path in (last, best) if os.path.exists(path)]
-    if not found or args.overwrite:
-        return None
-    if args.train_csv == DEMO_CSV and os.path.exists(last):
-        with contextlib.suppress(AlasaError):
-            if alasa.load_checkpoint(last)["args"]["train_csv"] == DEMO_CSV:
-                return None
-    what = f"{args.out} holds a run ({', '.join(found)})"
-    raise AlasaError(f"{what}: --resume, --overwrite, or choose another --out")
+    if found and not args.overwrite and not is_own_demo(args, last):
+        what = f"{args.out} holds a run ({', '.join(found)})"
+        raise AlasaError(f"{what}: --resume, --overwrite, or choose another --out")
+    return None
+
+
+def is_own_demo(args: Namespace, path: str) -> bool:
+    """Tell whether the demo is to be trained, and trained the checkpoint too."""
+    if args.train_csv != DEMO_CSV or not os.path.exists(path):
+        return False
+    return alasa.load_checkpoint(path)["args"]["train_csv"] == DEMO_CSV
 
 
 def make_run(
     args: Namespace,
+    precision: str,
     train: pd.DataFrame,
     valid: pd.DataFrame,
     classes: list[str],
     saved: dict | None,
 ) -> dict:
-    """Return what a checkpoint tells of a run beside its states.
+    """Return what a checkpoint holds beside states: flags, classes, rows, history.
 
     AlasaError if a run to be resumed began with other flags or rows.
     """
-    data = {"train": alasa.hash_rows(train), "valid": alasa.hash_rows(valid)}
-    run = {"args": vars(args).copy(), "classes": classes, "data": data, "history": []}
-    if saved is None:
-        return run
-    may_change = MAY_CHANGE
-    if args.schedule == "cosine":
-        may_change = MAY_CHANGE - {"epochs"}  # which the rates depend on
-    for name, value in sorted(vars(args).items()):
-        before = saved["args"].get(name)
-        if name not in may_change and before != value:
-            raise AlasaError(f"--resume: {name} was {before!r}, now {value!r}")
-    for split, rows in data.items():
-        if saved["data"][split] != rows:
-            raise AlasaError(
-                f"--resume: --{split}-csv had other rows when the run began"
-            )
-    run["history"] = saved["history"]
+    run = {"args": vars(args) | {"precision": precision}, "classes": classes}
+    run["data"] = {"train": alasa.hash_rows(train), "valid": alasa.hash_rows(valid)}
+    run["history"] = []
+    if saved:
+        check_same_run(saved, run)
+        run["history"] = saved["history"]
     return run
 
 
-def check_readable(data: AlasaDataset, workers: int) -> None:
-    """Raise AlasaError with all images that cannot be read."""
-    frame = pd.DataFrame({"image": data.paths}, index=data.places)
-    every_image = alasa.TolerantDataset(frame, data.transform)
-    faults = []
-    for _, errors in alasa.make_loader(every_image, 1, workers):
-        faults += filter(None, errors)
-    alasa.refuse(faults, most=len(data))
+def check_same_run(saved: dict, run: dict) -> None:
+    """Raise AlasaError if a run to be resumed began with other flags or rows."""
+    may_change = MAY_CHANGE
+    if run["args"]["schedule"] == "cosine":
+        may_change = MAY_CHANGE - {"epochs"}  # which the rates depend on
+    for name, value in sorted(run["args"].items()):
+        before = saved["args"].get(name)
+        if name not in may_change and before != value:
+            raise AlasaError(f"--resume: {name} was {before!r}, now {value!r}")
+    for split, rows_hash in run["data"].items():
+        if saved["data"][split] != rows_hash:
+            raise AlasaError(
+                f"--resume: --{split}-csv had other rows when the run began"
+            )
 
 
-def print_classes(train: pd.DataFrame, valid: pd.DataFrame, classes: list[str]) -> None:
+def load_data(args: Namespace) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:
+    """Return the rows of both splits, checked, and the names of the classes."""
+    if args.train_csv == DEMO_CSV and not os.path.exists(DEMO_CSV):
+        if alasa.get_rank() == 0:
+            write_digits()
+        alasa.all_gather(None)  # the others wait
+    columns = {"image_column": args.image_column, "label_column": args.label_column}
+    train = alasa.read_rows(args.train_csv, image_root=args.image_root, **columns)
+    valid = alasa.read_rows(args.valid_csv, image_root=args.image_root, **columns)
+    classes = alasa.check_splits(train, valid, args.monitor)
     counts = pd.DataFrame(index=classes)
     counts["train"] = train["label"].value_counts()
     counts["valid"] = valid["label"].value_counts()
     print0(counts.fillna(0).astype(int).to_string())
+    if args.check_images:
+        check_readable(pd.concat([train, valid]), args.workers)
+    return train, valid, classes
+
+
+def check_readable(frame: pd.DataFrame, workers: int) -> None:
+    """Raise AlasaError with all images that cannot be read."""
+    faults = []
+    for _, errors in alasa.make_loader(TolerantDataset(frame), 1, workers):
+        faults += filter(None, errors)
+    alasa.refuse(faults, most=len(frame))
+
+
+def make_datasets(
+    train: pd.DataFrame, valid: pd.DataFrame, classes: list[str], args: Namespace
+) -> tuple[AlasaDataset, AlasaDataset]:
+    """Return the datasets of both splits, whose labels are class indices."""
+    index_of = {name: index for index, name in enumerate(classes)}
+    train = train.assign(label=train["label"].map(index_of))
+    valid = valid.assign(label=valid["label"].map(index_of))
+    augmented = alasa.make_transform(args.image_size, args.augment)
+    plain = alasa.make_transform(args.image_size)
+    train_set = AlasaDataset(train, "train", augmented, args.seed, args.balance)
+    return train_set, AlasaDataset(valid, "valid", plain)
+
+
+def make_loaders(
+    train_set: AlasaDataset, valid_set: AlasaDataset, args: Namespace, device
+) -> tuple[DataLoader, DataLoader]:
+    """Return the loaders of both splits; say how many images each epoch leaves out."""
+    size, workers = args.batch_size, args.workers
+    world = alasa.get_world_size()
+    if size < 2 * world:
+        raise AlasaError(f"--batch-size: each of {world} processes needs 2 images")
+    pin = device.type == "cuda"
+    train_loader = alasa.make_loader(train_set, size, workers, pin_memory=pin)
+    valid_loader = alasa.make_loader(valid_set, size, workers, pin_memory=pin)
+    used = sum(len(items) for items in train_loader.batch_sampler) * world
+    if used == 0:
+        raise AlasaError(f"{len(train_set)} training images are too few to train on")
+    if used < len(train_set):
+        print0(f"left out of each epoch: {len(train_set) - used}, too few for a batch")
+    return train_loader, valid_loader
+
+
+def make_model(args: Namespace, classes: list[str], saved: dict | None) -> nn.Module:
+    """Return the model that the flags describe, or that of the run to be resumed."""
+    if saved:
+        return alasa.restore_model(saved)
+    return alasa.build_model(
+        args.arch,
+        len(classes),
+        args.weights,
+        full_res_stem=args.full_res_stem,
+        image_size=args.image_size,
+        class_names=classes,
+    )
+
+
+def check_model(model: nn.Module, data: AlasaDataset, precision: str) -> None:
+    """Raise AlasaError if the model cannot take such images."""
+    with alasa.explain("the model cannot take such images"):
+        image, label = data[0]
+        alasa.infer(model, [(image[None], label)], precision)
+
+
+def make_optimizer(model: nn.Module, args: Namespace) -> torch.optim.Optimizer:
+    """Return the optimizer, whose second group of parameters is the last layer."""
+    head = alasa.find_head(model)
+    backbone_group = {"params": [], "lr": args.lr}
+    head_group = {"params": [], "lr": args.head_lr}
+    for name, parameter in model.named_parameters():
+        group = head_group if name.startswith(f"{head}.") else backbone_group
+        group["params"].append(parameter)
+    groups = [backbone_group, head_group]
+    decay = args.weight_decay
+    if args.optimizer == "adamw":
+        return torch.optim.AdamW(groups, weight_decay=decay, fused=True)
+    # Not fused: its momentum would stay uninitialised if fp16 skips the first step.
+    return torch.optim.SGD(groups, args.lr, momentum=0.9, weight_decay=decay)
+
+
+def make_scheduler(optimizer: torch.optim.Optimizer, args: Namespace, steps: int):
+    """Return what changes the learning rates over epochs of so many steps."""
+    if args.schedule == "cosine":
+        return OneCycleLR(
+            optimizer,
+            max_lr=[args.lr, args.head_lr],
+            total_steps=args.epochs * steps,
+            pct_start=0.1,
+            cycle_momentum=False,
+        )
+    # It is told the number of the best epoch so far, not the score: so of equal scores, a
+    # lower loss is progress for it too.
+    return ReduceLROnPlateau(optimizer, "max", factor=0.5, patience=2, threshold=0)
+
+
+@contextlib.contextmanager
+def naming_bad_images(loader: DataLoader, epoch: int) -> Iterator[None]:
+    """Name the epoch and the images of a loss that is not finite."""
+    try:
+        yield
+    except alasa.BadLoss as error:
+        data = loader.dataset
+        items = list(loader.batch_sampler)[error.step - 1]
+        images = ", ".join(data.paths[data.rows[item]] for item in items)
+        advice = "start again with a lower --lr, from --weights best.pt if it is there"
+        what = f"epoch {epoch}: the loss became {error.loss} for {images}; {advice}"
+        raise AlasaError(what) from error
+
+
+def warn_of_flat_images(data: AlasaDataset) -> None:
+    """Warn of images that decoded to nearly one colour, as wrongly scaled ones do."""
+    rows = data.find_flat()
+    if rows:
+        first = f"first {data.places[rows[0]]}: {data.paths[rows[0]]}"
+        print0(f"warning: {len(rows)} images are of nearly one colour, {first}")
 
 
 def print_chance(criterion, train: AlasaDataset, valid: AlasaDataset, device) -> None:
@@ -229,63 +361,8 @@ def print_chance(criterion, train: AlasaDataset, valid: AlasaDataset, device) ->
     frequencies = torch.tensor(train.labels).bincount() / len(train)
     logits = frequencies.log().expand(len(valid), -1)
     labels = torch.tensor(valid.labels)
-    loss = alasa.compute_loss(criterion, logits, labels, device)
+    loss = alasa.total_loss(criterion, logits, labels, device)
     print0(f"chance: {alasa.describe({'loss': loss} | alasa.score(labels, logits))}")
-
-
-def make_optimizer(model: nn.Module, args: Namespace) -> torch.optim.Optimizer:
-    """Return the optimizer, whose second group of parameters is the last layer."""
-    head = list(model.get_submodule(alasa.find_head(model)).parameters())
-    backbone = [p for p in model.parameters() if all(p is not other for other in head)]
-    groups = [{"params": backbone, "lr": args.lr}]
-    groups.append({"params": head, "lr": args.head_lr})
-    if args.optimizer == "adamw":
-        decay = args.weight_decay
-        return torch.optim.AdamW(groups, weight_decay=decay, fused=True)
-    # Not fused: its momentum would stay uninitialised if fp16 skips the first step.
-    return torch.optim.SGD(groups, momentum=0.9, weight_decay=args.weight_decay)
-
-
-def make_scheduler(optimizer: torch.optim.Optimizer, args: Namespace, steps: int):
-    """Return what changes the learning rates in an epoch of so many steps."""
-    if args.schedule == "plateau":
-        # It is told the number of the best epoch so far, which rises with each better one.
-        return ReduceLROnPlateau(
-            optimizer, mode="max", factor=0.5, patience=2, threshold=0
-        )
-    rates = [args.lr, args.head_lr]
-    return OneCycleLR(
-        optimizer,
-        rates,
-        total_steps=args.epochs * steps,
-        pct_start=0.1,
-        cycle_momentum=False,
-    )
-
-
-@contextlib.contextmanager
-def naming_bad_images(loader: DataLoader, epoch: int) -> Iterator[None]:
-    """Tell of a loss that is not finite in which epoch and for which images it was so."""
-    try:
-        yield
-    except alasa.BadLoss as error:
-        rows = list(loader.batch_sampler)[error.step]
-        data = loader.dataset
-        images = ", ".join(data.paths[data.rows[row]] for row in rows)
-        advice = (
-            "go on with --weights FILE of a whole epoch, a lower --lr, another --out"
-        )
-        what = f"epoch {epoch}: the loss became {error.loss} for {images}; {advice}"
-        raise AlasaError(what) from error
-
-
-def warn_of_flat_images(data: AlasaDataset) -> None:
-    """Warn of images that decoded to nearly one colour, as wrongly scaled ones do."""
-    flat = torch.stack(alasa.all_gather(data.flat)).any(dim=0)
-    rows = flat.nonzero().flatten().tolist()
-    if rows:
-        first = f"first {data.places[rows[0]]}: {data.paths[rows[0]]}"
-        print0(f"warning: {len(rows)} images are of nearly one colour, {first}")
 
 
 def save_batch(loader: DataLoader, classes: list[str], out: str) -> None:
@@ -298,7 +375,7 @@ def save_batch(loader: DataLoader, classes: list[str], out: str) -> None:
         image, label = loader.dataset[item]
         images.append(image.permute(1, 2, 0).numpy())
         titles.append(alasa.short_name(classes[label]))
-    figure = Figure(figsize=(8, 8.5), layout="constrained")
+    figure = Figure(figsize=(8, 9))
     alasa.draw_images(figure, 4, images, titles)
     with atomic_write(f"{out}/batch.png") as file:
         figure.savefig(file, dpi=100)
@@ -308,11 +385,12 @@ def plot_history(history: list[dict[str, float]]) -> Figure:
     """Show the losses, the accuracies and the AUCs by epoch."""
     log = pd.DataFrame(history)
     figure = Figure(figsize=(12, 3.6), layout="constrained")
-    left, middle, right = figure.subplots(1, 3)
-    panels = {left: ("loss", ["train_loss", "valid_loss"])}
-    panels[middle] = ("accuracy", ["train_accuracy", "valid_accuracy"])
-    panels[right] = ("area under the ROC curve", ["auc", "wauc"])
-    for axes, (name, columns) in panels.items():
+    panels = [
+        ("loss", ["train_loss", "valid_loss"]),
+        ("accuracy", ["train_accuracy", "valid_accuracy"]),
+        ("area under the ROC curve", ["auc", "wauc"]),
+    ]
+    for axes, (name, columns) in zip(figure.subplots(1, 3), panels):
         axes.plot(log["epoch"], log[columns], marker=".", label=columns)
         axes.set(xlabel="epoch", ylabel=name)
         axes.xaxis.get_major_locator().set_params(integer=True)
@@ -320,23 +398,18 @@ def plot_history(history: list[dict[str, float]]) -> Figure:
     return figure
 
 
-def print_best(history: list[dict[str, float]], args: Namespace) -> None:
-    best = alasa.best_epoch(history, args.monitor)
-    if best == 0:
-        print0(f"best: none yet, as no {args.monitor} was finite")
-    else:
-        print0(f"best: epoch {best}, in {args.out}/best.pt")
-
-
 def save_epoch(run: dict, parts: dict) -> None:
-    """Write the files of the run.  last.pt comes last: what it lacks is done again."""
+    """Write the files of the run, in place of those of another run after its first epoch.
+
+    last.pt is written last: an epoch that was not saved whole is trained again.
+    """
     if alasa.get_rank() > 0:
         return
     history, out = run["history"], run["args"]["out"]
     states = {name: part.state_dict() for name, part in parts.items()}
     if len(history) == 1:
-        for name in ("best.pt", "last.pt"):  # of a run that this one replaces
-            Path(out, name).unlink(missing_ok=True)
+        Path(out, "last.pt").unlink(missing_ok=True)
+        Path(out, "best.pt").unlink(missing_ok=True)
     if alasa.best_epoch(history, run["args"]["monitor"]) == len(history):
         with atomic_write(f"{out}/best.pt") as file:
             torch.save(run | {"model": states["model"]}, file)
@@ -348,66 +421,12 @@ def save_epoch(run: dict, parts: dict) -> None:
         torch.save(run | states, file)
 
 
-def load_data(args: Namespace) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:
-    """Return the rows of both splits, checked, and the names of the classes."""
-    if args.train_csv == DEMO_CSV and not os.path.exists(DEMO_CSV):
-        write_digits()
-    columns = args.image_column, args.label_column, args.image_root
-    train = alasa.read_rows(args.train_csv, *columns)
-    valid = alasa.read_rows(args.valid_csv, *columns)
-    classes = alasa.check_splits(train, valid, args.monitor)
-    print_classes(train, valid, classes)
-    return train, valid, classes
-
-
-def make_datasets(
-    train: pd.DataFrame, valid: pd.DataFrame, classes: list[str], args: Namespace
-) -> tuple[AlasaDataset, AlasaDataset]:
-    """Return the datasets of both splits, whose labels are numbers of classes."""
-    number_of = {name: number for number, name in enumerate(classes)}
-    train = train.assign(label=train["label"].map(number_of))
-    valid = valid.assign(label=valid["label"].map(number_of))
-    augmented = alasa.make_transform(args.image_size, args.augment)
-    plain = alasa.make_transform(args.image_size)
-    train_set = AlasaDataset(train, "train", augmented, args.seed, args.balance)
-    valid_set = AlasaDataset(valid, "valid", plain)
-    if args.check_images:
-        check_readable(train_set, args.workers)
-        check_readable(valid_set, args.workers)
-    return train_set, valid_set
-
-
-def make_loaders(
-    train_set: AlasaDataset, valid_set: AlasaDataset, args: Namespace, device
-) -> tuple[DataLoader, DataLoader]:
-    """Return the loaders of both splits; say how many images each epoch leaves out."""
-    world = alasa.get_world_size()
-    if args.batch_size < 2 * world:
-        raise AlasaError(f"--batch-size: each of {world} processes needs 2 images")
-    how = args.batch_size, args.workers, device.type == "cuda"
-    train_loader = alasa.make_loader(train_set, *how)
-    valid_loader = alasa.make_loader(valid_set, *how)
-    seen = sum(len(items) for items in train_loader.batch_sampler) * world
-    if seen == 0:
-        raise AlasaError(f"{len(train_set)} training images are too few to train on")
-    if seen < len(train_set):
-        print0(f"left out of each epoch: {len(train_set) - seen}, too few for a batch")
-    return train_loader, valid_loader
-
-
-def make_model(args: Namespace, classes: list[str], saved: dict | None) -> nn.Module:
-    """Return the model that `args` describe, with the weights of a run to be resumed."""
-    model = alasa.build_model(
-        args.arch,
-        len(classes),
-        "none" if saved else args.weights,
-        full_res_stem=args.full_res_stem,
-        image_size=args.image_size,
-        class_names=classes,
-    )
-    if saved:
-        model.mean, model.std = saved["mean"], saved["std"]
-    return model
+def print_best(history: list[dict[str, float]], args: Namespace) -> None:
+    best = alasa.best_epoch(history, args.monitor)
+    if best == 0:
+        print0(f"best: none yet, as no {args.monitor} was finite")
+    else:
+        print0(f"best: epoch {best}, in {args.out}/best.pt")
 
 
 def main(args: Namespace, criterion: nn.Module | None = None) -> list[dict]:
@@ -416,33 +435,30 @@ def main(args: Namespace, criterion: nn.Module | None = None) -> list[dict]:
     criterion(logits [B, classes], labels [B]) is a mean loss, by default cross entropy.
     A resumed run needs the same.
     """
-    device = alasa.start_device(args.device)
-    if args.precision == "auto":
-        args.precision = alasa.choose_precision(device)
+    device = alasa.start_process(args.device)
+    precision = alasa.choose_precision(args.precision, device)
     with alasa.preserved_globals(), alasa.run_folder(args.out):
         saved = load_saved(args)
         alasa.seed_everything(args.seed)
         train, valid, classes = load_data(args)
-        run = make_run(args, train, valid, classes, saved)
+        run = make_run(args, precision, train, valid, classes, saved)
         history = run["history"]
         first = len(history) + 1
 
         train_set, valid_set = make_datasets(train, valid, classes, args)
         train_loader, valid_loader = make_loaders(train_set, valid_set, args, device)
-        # Workers start here: forked later, they would share a grown heap, page by page.
+        # The workers are forked here, before the heap grows: of what they share with this
+        # process, each page that it writes to afterwards is copied first.
         train_batches = alasa.begin_pass(train_loader, first)
         valid_batches = alasa.begin_pass(valid_loader, first)
 
         model = make_model(args, classes, saved).to(device)
-        image, _ = valid_set[0]
-        with alasa.explain(f"{args.arch} cannot take such images"):
-            alasa.infer(model, [image[None]], args.precision)
+        check_model(model, valid_set, precision)
         if criterion is None:
             criterion = nn.CrossEntropyLoss(label_smoothing=args.label_smoothing)
         optimizer = make_optimizer(model, args)
         scheduler = make_scheduler(optimizer, args, len(train_loader))
-        scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
-        # These have all the state of a run, beside its history.
+        scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         parts = {"model": model, "optimizer": optimizer}
         parts |= {"scheduler": scheduler, "scaler": scaler}
         if saved:
@@ -455,10 +471,13 @@ def main(args: Namespace, criterion: nn.Module | None = None) -> list[dict]:
             )  # or it adapts to what a resumed run has not seen
 
         world = alasa.get_world_size()
-        print0(f"{args.arch} on {world} x {device.type}, {args.precision}")
+        print0(f"{args.arch} on {world} x {device.type}, {precision}")
         print_chance(criterion, train_set, valid_set, device)
         if first == 1:
             save_batch(train_loader, classes, args.out)
+        how = {"scaler": scaler, "precision": precision}
+        how["keep_batch_norm"] = args.batch_norm == "keep"
+        how["scheduler"] = scheduler if args.schedule == "cosine" else None
         for epoch in range(first, args.epochs + 1):
             stalled = len(history) - alasa.best_epoch(history, args.monitor)
             if 0 < args.early_stop <= stalled:
@@ -466,26 +485,18 @@ def main(args: Namespace, criterion: nn.Module | None = None) -> list[dict]:
                 break
             began = time.perf_counter()
             row = {"epoch": epoch, "lr": optimizer.param_groups[0]["lr"]}
-            alasa.seed_everything(alasa.derive_seed(args.seed, epoch, alasa.get_rank()))
+            alasa.seed_everything(alasa.stable_hash(args.seed, epoch, alasa.get_rank()))
             alasa.set_frozen(model, epoch <= args.freeze)
             with naming_bad_images(train_loader, epoch):
                 row |= alasa.train_one_epoch(
-                    model,
-                    train_batches,
-                    criterion,
-                    optimizer,
-                    scheduler if args.schedule == "cosine" else None,
-                    scaler,
-                    args.precision,
-                    keep_batch_norm=args.batch_norm == "keep",
+                    model, train_batches, criterion, optimizer, **how
                 )
-            train_batches = alasa.begin_pass(train_loader, epoch + 1)  # reads ahead
-            row |= alasa.evaluate(model, valid_batches, criterion, args.precision)
-            valid_batches = alasa.begin_pass(valid_loader, epoch + 1)
+            row |= alasa.evaluate(model, valid_batches, criterion, precision)
+            if epoch < args.epochs:  # the workers read on while the epoch is saved
+                train_batches = alasa.begin_pass(train_loader, epoch + 1)
+                valid_batches = alasa.begin_pass(valid_loader, epoch + 1)
             row["seconds"] = time.perf_counter() - began
-            row["images_per_second"] = (len(train_set) + len(valid_set)) / row[
-                "seconds"
-            ]
+            row["images_per_second"] = (len(train) + len(valid)) / row["seconds"]
             history.append(row)
             if args.schedule == "plateau":
                 scheduler.step(alasa.best_epoch(history, args.monitor))
@@ -499,5 +510,5 @@ def main(args: Namespace, criterion: nn.Module | None = None) -> list[dict]:
 
 
 if __name__ == "__main__":
-    with alasa.as_script():
+    with alasa.as_script("; --resume goes on after the last epoch that was saved"):
         main(parse_args())
