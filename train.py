@@ -454,8 +454,10 @@ def main(args: Namespace, criterion: nn.Module | None = None) -> list[dict]:
 
         model = make_model(args, classes, saved).to(device)
         check_model(model, valid_set, precision)
-        if criterion is None:
-            criterion = nn.CrossEntropyLoss(label_smoothing=args.label_smoothing)
+        smoothing = args.label_smoothing
+        criterion = criterion or nn.CrossEntropyLoss(label_smoothing=smoothing)
+        if isinstance(criterion, nn.Module):
+            criterion.to(device)  # its class weights, for one
         optimizer = make_optimizer(model, args)
         scheduler = make_scheduler(optimizer, args, len(train_loader))
         scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
@@ -466,9 +468,8 @@ def main(args: Namespace, criterion: nn.Module | None = None) -> list[dict]:
                 part.load_state_dict(saved[name])
         run |= {"mean": model.mean, "std": model.std}
         if args.compile:
-            model.compile(
-                dynamic=False
-            )  # or it adapts to what a resumed run has not seen
+            # Not dynamic, as it would adapt to steps that a resumed run has not seen.
+            model.compile(dynamic=False)
 
         world = alasa.get_world_size()
         print0(f"{args.arch} on {world} x {device.type}, {precision}")
@@ -478,6 +479,7 @@ def main(args: Namespace, criterion: nn.Module | None = None) -> list[dict]:
         how = {"scaler": scaler, "precision": precision}
         how["keep_batch_norm"] = args.batch_norm == "keep"
         how["scheduler"] = scheduler if args.schedule == "cosine" else None
+
         for epoch in range(first, args.epochs + 1):
             stalled = len(history) - alasa.best_epoch(history, args.monitor)
             if 0 < args.early_stop <= stalled:
