@@ -8,6 +8,7 @@ the model, several processes, one epoch, scores, files, and what a script does t
 """
 
 import contextlib
+import copy
 import csv
 import ctypes
 import hashlib
@@ -26,6 +27,7 @@ import unicodedata
 import warnings
 import zipfile
 import zlib
+from argparse import Namespace
 from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
@@ -36,7 +38,6 @@ import pandas as pd
 import torch
 import torch.distributed as dist
 import torchvision
-from matplotlib.figure import FigureBase
 from PIL import ExifTags, Image, TiffImagePlugin, UnidentifiedImageError
 from torch import Tensor, nn
 from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
@@ -62,11 +63,13 @@ except ImportError:
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of RGB in 0..1
 IMAGENET_STD = (0.229, 0.224, 0.225)
-IMAGE_EXTENSIONS = (*IMG_EXTENSIONS, ".gif")
+IMAGE_EXTENSIONS = (*IMG_EXTENSIONS, ".gif", ".jfif", ".jpe", ".jp2", ".avif")
 FLAT_SPAN = 16  # grey levels: an image that spans no more shows nothing to a person
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # How many views of `d4_view` each augmentation of `make_transform` shows.
 VIEWS = {"none": 1, "flip": 2, "crop": 2, "d4": 8}
+# The column of the log that each choice of --monitor looks at.
+MONITORS = {"auc": "auc", "wauc": "wauc", "accuracy": "valid_accuracy"}
 RUN_FILES = ("best.pt", "last.pt", "log.csv", "losses.png", "batch.png")
 
 
@@ -181,13 +184,13 @@ def read_csv(
     header, rows = read_cells(path)
     if not rows:
         raise AlasaError(f"{path}: has no rows")
+    image = find_column(path, header, image_column)
     refuse(
         f"{path} line {line}: has {len(cells)} cells, not {len(header)}"
         for line, cells in rows.items()
         if len(cells) != len(header)
     )
     frame = pd.DataFrame(index=[f"{path} line {line}" for line in rows])
-    image = find_column(path, header, image_column)
     frame["image"] = [cells[image] for cells in rows.values()]
     if label_column in header:
         label = find_column(path, header, label_column)
@@ -195,7 +198,12 @@ def read_csv(
     refuse(
         f"{place}: the image is empty"
         for place, image in frame["image"].items()
-        if not image.strip()
+        if not image.strip(" \t\0")
+    )
+    refuse(
+        f"{place}: {image!r} is no file name"
+        for place, image in frame["image"].items()
+        if "\0" in image
     )
     root = os.path.dirname(path) if image_root is None else image_root
     frame["path"] = [os.path.join(root, image) for image in frame["image"]]
@@ -212,7 +220,7 @@ def read_cells(path: str) -> tuple[list[str], dict[int, list[str]]]:
             open(path, newline="", encoding="utf-8-sig") as file,
         ):
             reader = csv.reader(file, strict=True)
-            header = next(reader, [])
+            header = [name.strip() for name in next(reader, [])]
             rows = {}
             for cells in reader:
                 if cells:  # not an empty line
@@ -242,36 +250,40 @@ def read_folder(folder: str) -> pd.DataFrame:
     torchvision's ImageFolder.  Hidden files are skipped silently, others are reported.
     """
     images, others = find_images(folder, deep=False)
-    labels = []
+    labels = [""] * len(images)
     for name in sorted(os.listdir(folder)):
         class_folder = os.path.join(folder, name)
         if name.startswith(".") or not os.path.isdir(class_folder):
             continue
-        if images and not labels:
-            raise AlasaError(f"{folder}: has images beside folders, such as {name}")
         found, not_images = find_images(class_folder, deep=True)
         if not found:
-            raise AlasaError(f"{class_folder}: has no images")
+            print0(f"left out, as it has no images: {class_folder}")
         images += found
         others += not_images
         labels += [name] * len(found)
-    if not images:
-        raise AlasaError(f"{folder}: has no images")
     if others:
         print0(f"left out, as no images: {len(others)} files, first {others[0]}")
+    if not images:
+        raise AlasaError(f"{folder}: has no images")
     frame = pd.DataFrame({"path": images}, index=[folder] * len(images))
     frame["image"] = [os.path.relpath(path, folder) for path in images]
-    if labels:
+    if any(labels):
         frame["label"] = labels
     return frame
 
 
 def find_images(folder: str, deep: bool) -> tuple[list[str], list[str]]:
     """Return the paths of a folder's images, sorted, and those of its other files."""
-    images, others = [], []
-    with explain(folder):
-        os.listdir(folder)  # os.walk would be silent about a folder that it cannot read
-    for place, folders, files in os.walk(folder, followlinks=True):
+    images, others, seen = [], [], set()
+
+    def stop(error: OSError) -> None:
+        raise AlasaError(f"{folder}: {error}")
+
+    for place, folders, files in os.walk(folder, onerror=stop, followlinks=True):
+        real = os.path.realpath(place)
+        if real in seen:  # a link that leads back
+            files, folders[:] = [], []
+        seen.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(files):
             path = os.path.join(place, name)
@@ -296,7 +308,7 @@ def find_classes(labels: Iterable[str]) -> list[str]:
 
 
 def identify_files(frame: pd.DataFrame) -> list[str]:
-    """Return each row's device and inode, equal for links and other spellings of a path.
+    """Return what tells each row's file from others, however it is linked or spelled.
 
     AlasaError with the rows whose file is missing, empty, or no file.
     """
@@ -304,14 +316,16 @@ def identify_files(frame: pd.DataFrame) -> list[str]:
     for place, path in frame["path"].items():
         try:
             status = os.stat(path)
-            identities.append(f"{status.st_dev}:{status.st_ino}")
+            identity = f"{status.st_dev}:{status.st_ino}:{status.st_size}"
+            if status.st_ino == 0:  # some network file systems number no files
+                identity = os.path.realpath(path)
+            identities.append(identity)
             if not stat.S_ISREG(status.st_mode):
                 faults.append(f"{place}: {path!r} is not a file")
             elif status.st_size == 0:
                 faults.append(f"{place}: {path!r} is empty")
-        except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-            why = getattr(error, "strerror", error)
-            faults.append(f"{place}: {path!r}: {why}")
+        except OSError as error:
+            faults.append(f"{place}: {path!r}: {error.strerror}")
     refuse(faults)
     return identities
 
@@ -345,7 +359,9 @@ def visible_part(label: str) -> str:
     """Return the label without invisible differences: the encoding of accents,
     zero-width characters, and spacing."""
     composed = unicodedata.normalize("NFC", label)
-    shown = [mark for mark in composed if unicodedata.category(mark) != "Cf"]
+    shown = [
+        mark for mark in composed if unicodedata.category(mark) not in ("Cf", "Cc")
+    ]
     return " ".join("".join(shown).split())
 
 
@@ -439,6 +455,8 @@ def read_image(path: str) -> Image.Image:
     image cannot be decoded whole, or if a checksum of a PNG is wrong.
     """
     with explain(f"{path}: not a readable image"):
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise OSError("not a file")  # a pipe would keep it waiting
         data = Path(path).read_bytes()
         if data.startswith(PNG_SIGNATURE):
             data = needed_png_chunks(data)
@@ -446,6 +464,8 @@ def read_image(path: str) -> Image.Image:
             image = Image.open(io.BytesIO(data))
         except UnidentifiedImageError:
             raise ValueError(f"unknown to Pillow, it starts with {data[:24]}") from None
+        if not isinstance(image.info.get("xmp"), bytes):
+            image.info.pop("xmp", None)  # Pillow would fail to search it
         image.load()
         method = UPRIGHT.get(read_orientation(image))
         if method is not None:
@@ -469,11 +489,12 @@ def needed_png_chunks(data: bytes) -> bytes:
         end = start + 12 + length
         chunk = data[start:end]
         kind = chunk[4:8]
-        critical = kind[:1].isupper()
-        if critical or kind in (b"tRNS", b"eXIf"):
-            checksum = zlib.crc32(chunk[4:-4])
-            if checksum != int.from_bytes(chunk[-4:], "big"):
+        is_whole = zlib.crc32(chunk[4:-4]) == int.from_bytes(chunk[-4:], "big")
+        if kind[:1].isupper() or kind == b"tRNS":  # pixels need these
+            if not is_whole:
                 raise ValueError(f"the checksum of its chunk {kind} is wrong")
+            kept.append(chunk)
+        elif kind == b"eXIf" and is_whole:  # has the orientation
             kept.append(chunk)
         start = end
     return b"".join(kept)
@@ -537,6 +558,11 @@ def d4_view(image: Tensor, view: int) -> Tensor:
     return image
 
 
+def centre_square(image: Image.Image) -> Image.Image:
+    """Return the largest square in the middle of an image."""
+    return v2.functional.center_crop(image, [min(image.size)])
+
+
 def make_transform(size: int = 0, augment: str = "none") -> v2.Compose:
     """Return what turns a PIL image into uint8 [3, size, size], at native size if 0.
 
@@ -549,8 +575,8 @@ def make_transform(size: int = 0, augment: str = "none") -> v2.Compose:
             raise AlasaError("--augment crop needs an --image-size above 0")
         steps.append(v2.RandomResizedCrop(size))
     elif size > 0:
-        steps.append(v2.Resize(size))
-        steps.append(v2.CenterCrop(size))
+        steps.append(centre_square)  # first, or a thin image would become a huge one
+        steps.append(v2.Resize([size, size]))
     steps.append(v2.PILToTensor())
     if augment != "none":
         views = [partial(d4_view, view=view) for view in range(VIEWS[augment])]
@@ -786,9 +812,15 @@ def weights_preset(arch: str, weights: str):
 
 def default_image_size(arch: str, weights: str) -> int:
     """Return 224; for a vision transformer, which has one size, that of the weights."""
-    if arch.startswith("vit_"):
-        return weights_preset(arch, weights).crop_size[0]
-    return 224
+    check_arch(arch)
+    if not arch.startswith("vit_"):
+        return 224
+    if os.path.isfile(weights):
+        state, _ = load_pretrained(arch, weights)
+        patch_size = int(arch.rsplit("_", maxsplit=1)[-1])
+        patches = state["encoder.pos_embedding"].shape[1] - 1
+        return math.isqrt(patches) * patch_size
+    return weights_preset(arch, weights).crop_size[0]
 
 
 def build_model(
@@ -877,12 +909,14 @@ def load_pretrained(
         with explain(f"cannot load {known[weights].url}; put it into {cache}"):
             model = torchvision.models.get_model(arch, weights=weights)
         return model.state_dict(), known[weights].meta["categories"]
-    with explain(f"--weights {weights}: not a file of weights nor of {list(known)}"):
+    what = f"--weights {weights}: not a file of weights nor of {list(known)}"
+    with explain(what), torch.serialization.safe_globals([Namespace]):
         content = torch.load(weights, map_location="cpu", weights_only=True)
         state = content
         for key in ("model", "state_dict", "model_state_dict"):
-            state = content.get(key, state)
-        for prefix in ("module.", "_orig_mod.", "model."):  # of what wrapped the model
+            state = state.get(key, state)
+        # Of what wrapped the model, in any order.
+        for prefix in ("module.", "_orig_mod.", "model.", "module.", "_orig_mod."):
             consume_prefix_in_state_dict_if_present(state, prefix)
         for key in list(state):
             # torchvision's file of densenet has "denselayer1.norm.1" for "denselayer1.norm1".
@@ -896,6 +930,9 @@ def load_state(model: nn.Module, state: dict[str, Tensor], same_classes: bool) -
     if isinstance(model, VisionTransformer):
         size, patch = model.image_size, model.patch_size
         state.update(interpolate_embeddings(size, patch, state))
+    unknown = sorted(state.keys() - model.state_dict().keys())
+    if unknown:
+        raise ValueError(f"it has {unknown[:3]}, which this architecture has not")
     name = find_head(model)
     new_head = model.get_submodule(name).state_dict(prefix=f"{name}.")
     same_shapes = all(
@@ -1076,7 +1113,7 @@ def train_one_epoch(
         if scheduler is not None:
             scheduler.step()
         all_logits.append(logits.detach().cpu())
-        all_labels.append(labels.cpu())
+        all_labels.append(labels.cpu().clone())  # a worker's holds an open file
         show_progress(f"training, loss {batch_loss:.4f}", step, len(batches), began)
     epoch_logits = torch.cat(gather_batches(all_logits))
     epoch_labels = torch.cat(gather_batches(all_labels))
@@ -1116,7 +1153,7 @@ def infer(
     all_logits, all_beside = [], []
     began = time.monotonic()
     for step, (images, beside) in enumerate(batches, start=1):
-        all_beside.append(beside)
+        all_beside.append(copy.deepcopy(beside))  # a worker's tensor holds an open file
         if len(images) > 0:
             images = images.to(device, non_blocking=True)
             all_logits.append(mean_logits(model, images, precision, views).cpu())
@@ -1235,9 +1272,9 @@ def best_epoch(history: list[dict[str, float]], monitor: str) -> int:
     """
     best, best_key = 0, (-math.inf, -math.inf)
     for row in history:
-        loss = row["valid_loss"]
-        key = (row[monitor], -loss if math.isfinite(loss) else -math.inf)
-        if math.isfinite(row[monitor]) and key > best_key:
+        monitored, loss = row[MONITORS[monitor]], row["valid_loss"]
+        key = (monitored, -loss if math.isfinite(loss) else -math.inf)
+        if math.isfinite(monitored) and key > best_key:
             best, best_key = row["epoch"], key
     return best
 
@@ -1292,6 +1329,8 @@ def run_folder(folder: str) -> Iterator[None]:
     if get_rank() > 0:
         yield
         return
+    is_new = not os.path.exists(folder)
+    has_batch = os.path.exists(f"{folder}/batch.png")
     with explain(f"--out {folder}"):
         os.makedirs(folder, exist_ok=True)
         check_writable(f"{folder}/.lock")
@@ -1304,11 +1343,11 @@ def run_folder(folder: str) -> Iterator[None]:
                     part.unlink()  # of a run that was killed
             yield
         finally:
-            if not os.path.exists(f"{folder}/last.pt"):
+            if not has_batch and not os.path.exists(f"{folder}/last.pt"):
                 Path(f"{folder}/batch.png").unlink(missing_ok=True)
             Path(f"{folder}/.lock").unlink(missing_ok=True)
-            with contextlib.suppress(OSError):
-                os.rmdir(folder)  # if nothing is in it
+            if is_new and not os.listdir(folder):
+                os.rmdir(folder)
 
 
 def take_lock(lock: IO[str], folder: str) -> None:
@@ -1317,9 +1356,11 @@ def take_lock(lock: IO[str], folder: str) -> None:
         return
     try:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # workers inherit a flock
-    except OSError:
+    except (BlockingIOError, PermissionError):
         what = f"--out {folder}: another run is writing there"
         raise AlasaError(what) from None
+    except OSError:  # some network file systems have no locks
+        print0(f"warning: {folder} cannot be locked against a second run")
 
 
 def load_checkpoint(path: str) -> dict:
@@ -1341,14 +1382,24 @@ def load_checkpoint(path: str) -> dict:
 
 def short_name(name: str, most: int = 24) -> str:
     """Return a class name as a figure can show it."""
+    shown = [mark if mark.isprintable() else "?" for mark in name]
+    name = "".join(shown)
     if len(name) > most:
         name = name[: most - 1] + "\u2026"
     # Matplotlib reads "$" as a formula, and leaves names that begin with "_" out of legends.
-    return name.replace("$", r"\$").lstrip("_")
+    return name.replace("$", r"\$").replace("_", " _", 1 if name.startswith("_") else 0)
+
+
+def new_figure(width: float, height: float, layout: str | None = None):
+    """Return a Matplotlib figure of that size in inches, without a window."""
+    # Here, as a notebook's MPLBACKEND can make the import fail, unless `as_script` is first.
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout=layout)
 
 
 def draw_images(
-    figure: FigureBase, columns: int, images: list[np.ndarray], titles: list[str]
+    figure, columns: int, images: list[np.ndarray], titles: list[str]
 ) -> None:
     """Show images [H, W, 3] with their titles in rows of so many."""
     rows = math.ceil(len(images) / columns)
@@ -1365,9 +1416,12 @@ def draw_images(
 
 ADVICE = {
     "out of memory": "give a lower --batch-size or --image-size",
+    "ALLOC_FAILED": "give a lower --batch-size or --image-size",
+    "MemoryError": "give a lower --batch-size or --image-size",
     "can't allocate memory": "give a lower --batch-size or --image-size",
     "DataLoader worker": "a worker was lost, try --workers 0",
     "shared memory": "try --workers 0",
+    "Too many open files": "try --workers 0",
 }
 
 
@@ -1375,8 +1429,8 @@ def one_line(error: Exception) -> str | None:
     """Return what to tell of a fault that the user can mend; None of a bug."""
     # A worker's error comes with its traceback, which ends with the message.
     message = str(error).rsplit("alasa.AlasaError: ", maxsplit=1)[-1]
-    message = " ".join(message.split())
-    if isinstance(error, RuntimeError | MemoryError | AlasaError):
+    message = " ".join(message.split()) or type(error).__name__
+    if isinstance(error, RuntimeError | MemoryError | OSError | AlasaError):
         for sign, advice in ADVICE.items():
             if sign in message:
                 return f"{advice}: {message[:300]}"
@@ -1392,8 +1446,11 @@ def tune_process() -> None:
     with contextlib.suppress(AttributeError, TypeError):  # no other libc has mallopt
         ctypes.CDLL(None).mallopt(-4, 0)
         ctypes.CDLL(None).mallopt(-1, 2**31 - 1)
-    for module in ("PIL", "matplotlib"):  # damaged metadata, letters that a font lacks
-        warnings.filterwarnings("ignore", module=module)
+    os.environ["MPLBACKEND"] = "agg"  # a notebook's may not be installed
+    warnings.filterwarnings("ignore", module="PIL")  # of damaged metadata
+    warnings.filterwarnings(
+        "ignore", message="Glyph .* missing"
+    )  # in Matplotlib's font
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # the caller closed it
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
@@ -1426,4 +1483,6 @@ def as_script(advice: str = "") -> Iterator[None]:
         worker.kill()  # else it would live on for seconds, and hold the pipes
     sys.stdout.flush()
     sys.stderr.flush()
+    if "IPython" in sys.modules:  # %run: the notebook goes on
+        sys.exit(code)
     os._exit(code)  # all is written, and torch takes a second to tear itself down

@@ -13,8 +13,6 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.distributed as dist
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from sklearn.metrics import classification_report, confusion_matrix, roc_curve
 from torch import Tensor
 
@@ -177,7 +175,7 @@ def print_report(labels: np.ndarray, logits: Tensor, classes: list[str]) -> None
 
 
 def plot_confusion(
-    ax: Axes, labels: np.ndarray, predicted: np.ndarray, classes: list[str]
+    ax, labels: np.ndarray, predicted: np.ndarray, classes: list[str]
 ) -> None:
     """Draw which share of each class was taken for which; names and counts if they fit."""
     numbers = range(len(classes))
@@ -196,12 +194,13 @@ def plot_confusion(
             ax.text(taken_for, true, count, ha="center", va="center", color=color)
 
 
-def plot_roc(ax: Axes, labels: np.ndarray, p: np.ndarray, classes: list[str]) -> None:
+def plot_roc(ax, labels: np.ndarray, logits: Tensor, classes: list[str]) -> None:
     """Draw each class's ROC curve against the rest; of two classes, only the second's."""
     candidates = [1] if len(classes) == 2 else range(len(classes))
     drawn = [k for k in candidates if 0 < (labels == k).sum() < len(labels)]
+    against = alasa.log_odds_against(logits.double().numpy())
     for k in drawn[:MOST_CURVES]:
-        fpr, tpr, _ = roc_curve(labels == k, p[:, k])
+        fpr, tpr, _ = roc_curve(labels == k, -against[:, k])
         ax.plot(fpr, tpr, label=alasa.short_name(classes[k]))
     title = "ROC of each class against the rest"
     if len(drawn) > MOST_CURVES:
@@ -213,7 +212,7 @@ def plot_roc(ax: Axes, labels: np.ndarray, p: np.ndarray, classes: list[str]) ->
 
 def plot_report(
     labels: np.ndarray, logits: Tensor, classes: list[str], paths: list[str]
-) -> Figure:
+):
     """Show the confusion matrix, the ROC curves, and the most wrong images."""
     p = logits.double().softmax(1).numpy()
     predicted = logits.argmax(1).numpy()
@@ -221,11 +220,11 @@ def plot_report(
     rising = p_of_true.argsort(kind="stable")
     most_wrong = [row for row in rising if predicted[row] != labels[row]][:MOST_WRONG]
 
-    figure = Figure(figsize=(12, 10), layout="constrained")
+    figure = alasa.new_figure(12, 10, layout="constrained")
     top, bottom = figure.subfigures(2, 1, height_ratios=[3, 2])
     left, right = top.subplots(1, 2)
     plot_confusion(left, labels, predicted, classes)
-    plot_roc(right, labels, p, classes)
+    plot_roc(right, labels, logits, classes)
 
     images, titles = [], []
     for row in most_wrong:
@@ -286,7 +285,8 @@ def main(args: Namespace) -> pd.DataFrame:
         count = f"{len(failures)} of {len(table)} failed"
         print(f"{count}, first {failures[0]}", file=sys.stderr)
     if len(table) <= 20:
-        print(table.to_string(index=False))
+        shown = table if len(classes) <= 10 else table[["image", "label", "score"]]
+        print(shown.to_string(index=False))
     if "label" in frame:
         score_predictions(frame, logits, classes, picture)
     return table

@@ -3,6 +3,7 @@
 Each test works in a folder of its own, which holds train.csv, valid.csv and their images.
 """
 
+import errno
 import itertools
 import math
 import multiprocessing
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import time
 import zlib
+from argparse import Namespace
 from functools import partial
 from pathlib import Path
 
@@ -284,7 +286,9 @@ def test_an_image_is_turned_upright_whatever_else_its_metadata_say():
     read(wide)
     png = Path("image").read_bytes()
     text = b"Comment\0\0" + zlib.compress(bytes(9_000_000))
-    for chunk in (png_chunk(b"zTXt", text), png_chunk(b"iCCP", b"x\0\0broken")):
+    chunks = [png_chunk(b"zTXt", text), png_chunk(b"iCCP", b"x\0\0broken")]
+    chunks.append(png_chunk(b"eXIf", b"damaged")[:-1] + b"?")
+    for chunk in chunks:
         Path("image").write_bytes(png[:33] + chunk + png[33:])
         assert (np.asarray(alasa.read_image("image")) == np.asarray(wide)).all()
 
@@ -297,12 +301,22 @@ def test_a_bad_image_is_one_line_that_names_it(monkeypatch):
             Path("bad").write_bytes(whole[: len(whole) * tenth // 10])
             with refused("bad: not a readable image"):
                 alasa.read_image("bad")
+    os.mkfifo("pipe")
+    with refused("pipe: not a readable image: not a file"):
+        alasa.read_image("pipe")
     Path("page.jpg").write_text("<!DOCTYPE html>")
     with refused("page.jpg: .* starts with b'<!DOCTYPE html>'"):
         alasa.read_image("page.jpg")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     with refused("bomb"):
         alasa.read_image("whole.jpg")
+
+
+def test_a_thin_image_costs_no_more_than_another():
+    thin = Image.fromarray(np.zeros((20_000, 3, 3), np.uint8))
+    assert alasa.make_transform(224)(thin).shape == (3, 224, 224)
+    square = alasa.make_transform(16)(picture(1, (40, 30)))
+    assert square.shape == (3, 16, 16)
 
 
 def test_a_flipped_bit_never_changes_the_pixels_of_a_png():
@@ -332,6 +346,8 @@ def test_a_bad_csv_is_one_line_that_names_file_and_line():
         b"img,label\na,b\n": "has no column 'image', only .*img.* give --image-column",
         b"image;label\na;b\n": "looks separated by ';'",
         b"image\tlabel\na\tb\n": "looks separated by",
+        b"image;label;w\na;b;1,5\n": "looks separated by ';'",
+        b"image,label\na\0.png,b\n": "line 2: 'a.x00.png' is no file name",
         b"image,label\na,b\n ,b\n": "bad.csv line 3: the image is empty",
         b"image,label\na,b\nc\n": "bad.csv line 3: has 1 cells, not 2",
         b"image,label\na,b,c\nd,e,f\n": "bad.csv line 2: has 3 cells.*line 3",
@@ -346,7 +362,7 @@ def test_a_bad_csv_is_one_line_that_names_file_and_line():
 def test_cells_stay_what_they_are():
     Path("sub").mkdir()
     mask = "1 1 " * 50_000
-    text = f'\ufefftarget,id,more\r\nNA,"a, b.png",{mask}\r\n\r\n007,c.png,2\r\n'
+    text = f'\ufefftarget, id,more\r\nNA,"a, b.png",{mask}\r\n\r\n007,c.png,2\r\n'
     Path("sub/odd.csv").write_text(text, newline="")
     frame = alasa.read_csv("sub/odd.csv", "id", "target")
     assert frame["label"].tolist() == ["NA", "007"]
@@ -374,12 +390,22 @@ def test_a_folder_is_read_as_torchvisions_image_folder_does(capsys):
         "left out, as no images: 1 files, first tree/a/note.txt"
         in capsys.readouterr().out
     )
-    make_tree("tree", ".ipynb_checkpoints/1.png", "a/.hidden.png", "a/6.gif")
-    assert len(alasa.read_rows("tree")) == len(frame) + 1  # the GIF
+    make_tree(
+        "tree", ".ipynb_checkpoints/1.png", "a/.hidden.png", "a/6.gif", "b/7.jfif"
+    )
+    assert len(alasa.read_rows("tree")) == len(frame) + 2  # the GIF and the JFIF
     assert "label" not in alasa.read_rows("tree/a")
     Path("tree/empty").mkdir()
+    Path("tree/a/loop").symlink_to("..")
+    make_tree("tree", "loose.png")
+    frame = alasa.read_rows("tree")
+    assert "left out, as it has no images: tree/empty" in capsys.readouterr().out
+    assert frame["label"].tolist().count("") == 1
+    assert frame["path"].tolist().count("tree/a/6.gif") == 1
     with refused("tree/empty: has no images"):
-        alasa.read_rows("tree")
+        alasa.read_rows("tree/empty")
+    with refused("tree: the label is empty"):
+        alasa.check_splits(frame, frame)
 
 
 def test_splits_with_an_undefined_or_flattering_score_are_refused(capsys):
@@ -472,6 +498,8 @@ def test_weights_of_other_tools_and_of_other_sizes_are_taken(capsys):
     plain = torchvision.models.resnet18(num_classes=2).state_dict()
     wrapped = {f"module.{key}": tensor for key, tensor in plain.items()}
     files = {"a.pt": plain, "b.pt": {"state_dict": wrapped, "epoch": 3}}
+    files["d.pt"] = {"model": {f"_orig_mod.{key}": plain[key[7:]] for key in wrapped}}
+    files["d.pt"]["args"] = Namespace(lr=1)  # as torchvision's own scripts save
     files["c.pt"] = {"model": plain, "classes": ["ant", "bee"]}
     for name, content in files.items():
         torch.save(content, name)
@@ -484,6 +512,9 @@ def test_weights_of_other_tools_and_of_other_sizes_are_taken(capsys):
     alasa.build_model("resnet18", 3, "a.pt")
     assert capsys.readouterr().out.count("the last layer, fc, is new") == 2
 
+    torch.save({"net.conv1.weight": torch.zeros(1)}, "odd.pt")
+    with refused(r"odd.pt: it has \['net.conv1.weight'\], which this"):
+        alasa.build_model("resnet18", 2, "odd.pt")
     old = {}
     for key, tensor in torchvision.models.densenet121().state_dict().items():
         old[re.sub(r"(denselayer\d+\.\w+)([12])\.", r"\1.\2.", key)] = tensor
@@ -493,6 +524,7 @@ def test_weights_of_other_tools_and_of_other_sizes_are_taken(capsys):
     torch.save(vit, "vit.pth")
     model = alasa.build_model("vit_b_32", 2, "vit.pth", image_size=96)
     assert model(torch.zeros(1, 3, 96, 96)).shape == (1, 2)
+    assert alasa.default_image_size("vit_b_32", "vit.pth") == 64
     assert alasa.default_image_size("vit_b_16", "IMAGENET1K_SWAG_E2E_V1") == 384
     assert alasa.default_image_size("efficientnet_b2", "DEFAULT") == 224
 
@@ -719,6 +751,7 @@ def test_a_mistake_is_one_line_and_leaves_nothing_behind(monkeypatch, capsys):
         "--lr nan": "out of range",
         "--label-smoothing 2.0": "out of range",
         "--seed -1": "out of range",
+        "--seed 20240101123456789012": "out of range",
         "--valid-csv train.csv": "is a training image too",
         "--out train.csv": "--out train.csv: .*File exists",
     }
@@ -796,6 +829,28 @@ def test_a_folder_has_one_writer(capfd):
     assert sorted(os.listdir("runs")) == sorted(alasa.RUN_FILES)
 
 
+def test_a_users_files_in_the_folder_of_a_run_stay(capsys):
+    Path("mine").mkdir()
+    shutil.copy("train 0.png", "mine/batch.png")
+    Path("empty").mkdir()
+    for out in ("mine", "empty"):
+        with refused("typo.csv: not a readable CSV"):
+            fit(f"--train-csv typo.csv --out {out}")
+    assert os.listdir("mine") == ["batch.png"] and os.listdir("empty") == []
+    Path("mine/log.csv").touch()
+    with refused(r"mine holds a run \(log.csv\)"):
+        fit("--out mine")
+
+
+def test_a_folder_without_locks_is_used_with_a_warning(monkeypatch, capsys):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(alasa.fcntl, "lockf", no_locks)
+    fit("--epochs 1")
+    assert "warning: runs cannot be locked" in capsys.readouterr().out
+
+
 def test_a_target_is_found_unfit_before_the_work(reference):
     Path("runs/log.csv").mkdir(parents=True)
     with refused("runs/log.csv: cannot be written: not a regular file"):
@@ -823,6 +878,22 @@ def test_a_worse_epoch_leaves_best_and_patience_survives(monkeypatch):
     history = fit(f"{more} 9 --resume")
     assert len(history) == 5  # three did not improve on the second
     assert contents("runs")["best.pt"] == best
+
+
+@pytest.mark.parametrize("monitor", alasa.MONITORS)
+def test_each_score_can_be_monitored(monitor, capsys):
+    if monitor == "accuracy":
+        table = pd.read_csv("valid.csv")
+        table[table["label"] == "ant"].to_csv("valid.csv", index=False)
+    fit(f"--monitor {monitor}")
+    assert "best: epoch" in capsys.readouterr().out
+
+
+def test_a_cosine_rises_to_the_rate_and_falls_towards_zero():
+    for steps in range(1, 40):
+        factors = [train.cosine_factor(step, steps) for step in range(steps)]
+        assert max(factors) == 1 and min(factors) > 0
+        assert factors[-1] < 0.26 or steps < 4
 
 
 def test_the_rate_is_halved_when_neither_score_nor_loss_improves(monkeypatch):
@@ -921,6 +992,17 @@ def test_a_lost_worker_or_exhausted_shared_memory_is_one_line(reference, capfd):
         assert fork(*how) == 2
         err = capfd.readouterr().err
         assert re.fullmatch("error: .*\n", err) and "--workers 0" in err
+
+
+def test_no_batch_keeps_a_workers_file_open():
+    rows = [alasa.read_csv("train.csv")] * 20
+    pd.concat(rows).to_csv("train.csv", index=False)
+
+    def fit_so():
+        resource.setrlimit(resource.RLIMIT_NOFILE, (100, 100))
+        fit("--workers 1 --batch-size 2 --epochs 1")
+
+    assert fork(fit_so) == 0
 
 
 def test_ctrl_c_ends_in_a_line_that_says_how_to_go_on(capfd):
@@ -1043,7 +1125,8 @@ def test_tta_of_an_image_and_of_its_quarter_turn_agree():
 
 @pytest.mark.parametrize("count", [2, 200])
 def test_pictures_and_words_of_any_classes_are_drawn_in_silence(count, capfd):
-    names = ["_background_", "$x^$", "\u9e1f" * 5, "x" * 190][: count - 1]
+    odd = ["_background_", "_", "$x^$", "\u9e1f" * 5, "x" * 190, "caf\udce9\t"]
+    names = odd[: count - 1]
     names += [f"class {k}" for k in range(count - len(names))]
     labels, logits = np.arange(count).repeat(2), torch.randn(2 * count, count)
 
@@ -1102,7 +1185,7 @@ def test_the_python_blocks_of_readme_run(capsys):
 def test_closed_streams_and_a_notebooks_backend_do_no_harm(reference):
     command = f"{sys.executable} {HERE}/predict.py --checkpoint {reference}/best.pt "
     command += "--test-csv valid.csv 2>&- >&-"
-    environment = os.environ | {"MPLBACKEND": "module://nowhere", "WORLD_SIZE": "2"}
+    environment = os.environ | {"MPLBACKEND": "nowhere", "WORLD_SIZE": "2"}
     assert (
         subprocess.run(command, shell=True, env=environment, check=False).returncode
         == 0

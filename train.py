@@ -7,20 +7,21 @@ torchrun --nproc-per-node=4 train.py --train-csv train.csv --valid-csv valid.csv
 """
 
 import contextlib
+import math
 import os
 import sys
 import time
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
-from matplotlib.figure import Figure  # not pyplot, which may want a display
 from PIL import Image
 from torch import nn
-from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
+from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 from torch.utils.data import DataLoader
 
 import alasa
@@ -37,6 +38,7 @@ DEMO_FLAGS += " --schedule cosine"
 LEAST = {"epochs": 1, "batch_size": 2, "image_size": 0, "workers": 0, "freeze": 0}
 LEAST |= {"lr": 0, "head_lr": 0, "weight_decay": 0, "label_smoothing": 0}
 LEAST |= {"early_stop": 0, "seed": 0}
+MOST = {"label_smoothing": 1, "seed": 2**63 - 1}
 
 # A resumed run may change these flags: by themselves they change no weight.
 MAY_CHANGE = {"train_csv", "valid_csv", "image_root", "image_column", "label_column"}
@@ -97,8 +99,12 @@ def make_parser() -> ArgumentParser:
     what = "of the rates: halved when the score stalls, or warm-up and cosine"
     add("--schedule", choices=["plateau", "cosine"], default="plateau", help=what)
     add("--label-smoothing", type=float, default=0.0, help="of the loss, 0..1")
-    monitors = ["auc", "wauc", "accuracy"]
-    add("--monitor", choices=monitors, default="auc", help="what makes an epoch best")
+    add(
+        "--monitor",
+        choices=alasa.MONITORS,
+        default="auc",
+        help="to choose the best epoch",
+    )
     add("--early-stop", type=int, default=0, help="stalled epochs to wait; 0: for ever")
     add = parser.add_argument_group("run").add_argument
     precisions = ["auto", *alasa.DTYPES]
@@ -137,7 +143,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
         args.image_size = alasa.default_image_size(args.arch, args.weights)
     for name, least in LEAST.items():
         value = getattr(args, name)
-        most = 1 if name == "label_smoothing" else sys.float_info.max
+        most = MOST.get(name, sys.float_info.max)
         if not least <= value <= most:  # nor is NaN
             parser.error(f"--{name.replace('_', '-')} {value} is out of range")
     return args
@@ -166,13 +172,16 @@ def load_saved(args: Namespace) -> dict | None:
 
     AlasaError if that would replace another run, unless the demo replaces its own.
     """
-    last, best = f"{args.out}/last.pt", f"{args.out}/best.pt"
+    last = f"{args.out}/last.pt"
     if args.resume:
         saved = alasa.load_checkpoint(last)
         if alasa.best_epoch(saved["history"], args.monitor) > 0:
-            alasa.load_checkpoint(best)  # better to fail now than to end without it
+            alasa.load_checkpoint(
+                f"{args.out}/best.pt"
+            )  # better to fail now than to end without it
         return saved
-    found = [path for path in (last, best) if os.path.exists(path)]
+    names = ("last.pt", "best.pt", "log.csv", "losses.png")
+    found = [name for name in names if os.path.exists(f"{args.out}/{name}")]
     if found and not args.overwrite and not is_own_demo(args, last):
         what = f"{args.out} holds a run ({', '.join(found)})"
         raise AlasaError(f"{what}: --resume, --overwrite, or choose another --out")
@@ -319,16 +328,20 @@ def make_optimizer(model: nn.Module, args: Namespace) -> torch.optim.Optimizer:
     return torch.optim.SGD(groups, args.lr, momentum=0.9, weight_decay=decay)
 
 
+def cosine_factor(step: int, steps: int) -> float:
+    """Return what the rates are multiplied by in a step, counted from 0: they rise over
+    the first tenth of all steps, and fall to 0 as half a cosine."""
+    warm_up = max(1, steps // 10)
+    if step < warm_up:
+        return (step + 1) / warm_up
+    done = (step - warm_up) / (steps - warm_up)
+    return (1 + math.cos(math.pi * done)) / 2
+
+
 def make_scheduler(optimizer: torch.optim.Optimizer, args: Namespace, steps: int):
     """Return what changes the learning rates over epochs of so many steps."""
     if args.schedule == "cosine":
-        return OneCycleLR(
-            optimizer,
-            max_lr=[args.lr, args.head_lr],
-            total_steps=args.epochs * steps,
-            pct_start=0.1,
-            cycle_momentum=False,
-        )
+        return LambdaLR(optimizer, partial(cosine_factor, steps=args.epochs * steps))
     # It is told the number of the best epoch so far, not the score: so of equal scores, a
     # lower loss is progress for it too.
     return ReduceLROnPlateau(optimizer, "max", factor=0.5, patience=2, threshold=0)
@@ -343,7 +356,9 @@ def naming_bad_images(loader: DataLoader, epoch: int) -> Iterator[None]:
         data = loader.dataset
         items = list(loader.batch_sampler)[error.step - 1]
         images = ", ".join(data.paths[data.rows[item]] for item in items)
-        advice = "start again with a lower --lr, from --weights best.pt if it is there"
+        advice = (
+            "start again from --weights best.pt or none, with lower --lr and --head-lr"
+        )
         what = f"epoch {epoch}: the loss became {error.loss} for {images}; {advice}"
         raise AlasaError(what) from error
 
@@ -375,16 +390,16 @@ def save_batch(loader: DataLoader, classes: list[str], out: str) -> None:
         image, label = loader.dataset[item]
         images.append(image.permute(1, 2, 0).numpy())
         titles.append(alasa.short_name(classes[label]))
-    figure = Figure(figsize=(8, 9))
+    figure = alasa.new_figure(8, 9)
     alasa.draw_images(figure, 4, images, titles)
     with atomic_write(f"{out}/batch.png") as file:
         figure.savefig(file, dpi=100)
 
 
-def plot_history(history: list[dict[str, float]]) -> Figure:
+def plot_history(history: list[dict[str, float]]):
     """Show the losses, the accuracies and the AUCs by epoch."""
     log = pd.DataFrame(history)
-    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    figure = alasa.new_figure(12, 3.6, layout="constrained")
     panels = [
         ("loss", ["train_loss", "valid_loss"]),
         ("accuracy", ["train_accuracy", "valid_accuracy"]),
@@ -454,8 +469,8 @@ def main(args: Namespace, criterion: nn.Module | None = None) -> list[dict]:
 
         model = make_model(args, classes, saved).to(device)
         check_model(model, valid_set, precision)
-        smoothing = args.label_smoothing
-        criterion = criterion or nn.CrossEntropyLoss(label_smoothing=smoothing)
+        if criterion is None:
+            criterion = nn.CrossEntropyLoss(label_smoothing=args.label_smoothing)
         if isinstance(criterion, nn.Module):
             criterion.to(device)  # its class weights, for one
         optimizer = make_optimizer(model, args)
