@@ -3,6 +3,8 @@
     python train.py --train-csv train.csv --valid-csv valid.csv
     python predict.py --checkpoint runs/best.pt --test-csv test.csv
 
+Made for steganalysis, where the signal is a change of pixels by one grey level, so that
+nothing here rounds, resizes or replaces a pixel unasked; right for any other images too.
 Read it from top to bottom, in the order of the work: errors, seeds, rows, images, batches,
 the model, several processes, one epoch, scores, files, and what a script does to its process.
 """
@@ -90,7 +92,7 @@ def explain(what: str) -> Iterator[None]:
         raise AlasaError(f"{what}: {why[:300]}") from error
 
 
-def refuse(faults: Iterable[str], most: int = 10) -> None:
+def raise_if_any(faults: Iterable[str], most: int = 10) -> None:
     """Raise AlasaError with the first faults and their number, if there are any."""
     faults = list(faults)
     if not faults:
@@ -126,7 +128,7 @@ def seed_everything(seed: int) -> None:
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # only costs time here
     torch.backends.cudnn.benchmark = False
-    torch.backends.cudnn.allow_tf32 = False  # would round pixels to 10 bits
+    torch.backends.cudnn.allow_tf32 = False  # would round images to 10 bits of mantissa
 
 
 @contextlib.contextmanager
@@ -184,23 +186,23 @@ def read_csv(
     header, rows = read_cells(path)
     if not rows:
         raise AlasaError(f"{path}: has no rows")
-    image = find_column(path, header, image_column)
-    refuse(
+    image_at = find_column(path, header, image_column)
+    raise_if_any(
         f"{path} line {line}: has {len(cells)} cells, not {len(header)}"
         for line, cells in rows.items()
         if len(cells) != len(header)
     )
     frame = pd.DataFrame(index=[f"{path} line {line}" for line in rows])
-    frame["image"] = [cells[image] for cells in rows.values()]
+    frame["image"] = [cells[image_at] for cells in rows.values()]
     if label_column in header:
-        label = find_column(path, header, label_column)
-        frame["label"] = [cells[label] for cells in rows.values()]
-    refuse(
+        label_at = find_column(path, header, label_column)
+        frame["label"] = [cells[label_at] for cells in rows.values()]
+    raise_if_any(
         f"{place}: the image is empty"
         for place, image in frame["image"].items()
         if not image.strip(" \t\0")
     )
-    refuse(
+    raise_if_any(
         f"{place}: {image!r} is no file name"
         for place, image in frame["image"].items()
         if "\0" in image
@@ -236,9 +238,10 @@ def find_column(path: str, header: list[str], column: str) -> int:
         return header.index(column)
     if column in header:
         raise AlasaError(f"{path}: has two columns {column!r}")
-    separated = [mark for mark in ";\t|" if len(header) == 1 and mark in header[0]]
-    if separated:
-        raise AlasaError(f"{path}: looks separated by {separated[0]!r}, not by ','")
+    if len(header) == 1:
+        for mark in ";\t|":
+            if mark in header[0]:
+                raise AlasaError(f"{path}: looks separated by {mark!r}, not by ','")
     lacks = f"has no column {column!r}, only {header}"
     raise AlasaError(f"{path}: {lacks}; give --image-column and --label-column")
 
@@ -281,8 +284,9 @@ def find_images(folder: str, deep: bool) -> tuple[list[str], list[str]]:
 
     for place, folders, files in os.walk(folder, onerror=stop, followlinks=True):
         real = os.path.realpath(place)
-        if real in seen:  # a link that leads back
-            files, folders[:] = [], []
+        if real in seen:  # a link led back
+            folders.clear()
+            continue
         seen.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(files):
@@ -316,8 +320,9 @@ def identify_files(frame: pd.DataFrame) -> list[str]:
     for place, path in frame["path"].items():
         try:
             status = os.stat(path)
+            # With the size, as some network file systems number files twice, or not at all.
             identity = f"{status.st_dev}:{status.st_ino}:{status.st_size}"
-            if status.st_ino == 0:  # some network file systems number no files
+            if status.st_ino == 0:
                 identity = os.path.realpath(path)
             identities.append(identity)
             if not stat.S_ISREG(status.st_mode):
@@ -326,7 +331,7 @@ def identify_files(frame: pd.DataFrame) -> list[str]:
                 faults.append(f"{place}: {path!r} is empty")
         except OSError as error:
             faults.append(f"{place}: {path!r}: {error.strerror}")
-    refuse(faults)
+    raise_if_any(faults)
     return identities
 
 
@@ -335,7 +340,7 @@ def check_labels(frame: pd.DataFrame) -> None:
     if "label" not in frame:
         place = frame.index[0]
         raise AlasaError(f"{place}: no label; give --label-column, or class folders")
-    refuse(
+    raise_if_any(
         f"{place}: the label is empty"
         for place, label in frame["label"].items()
         if not label.strip()
@@ -344,15 +349,17 @@ def check_labels(frame: pd.DataFrame) -> None:
 
 def check_look_alikes(labels: set[str]) -> None:
     """Raise AlasaError if two labels differ invisibly; warn if they differ in case."""
-    visible, lower_case = {}, {}
+    seen, seen_in_lower_case = {}, {}
     for label in sorted(labels):
         looks = visible_part(label)
-        twin = visible.setdefault(looks, label)
-        if twin != label:
-            raise AlasaError(f"the labels {twin!a} and {label!a} look the same")
-        twin = lower_case.setdefault(looks.casefold(), label)
-        if twin != label:
+        if looks in seen:
+            raise AlasaError(f"the labels {seen[looks]!a} and {label!a} look the same")
+        seen[looks] = label
+        lower = looks.casefold()
+        if lower in seen_in_lower_case:
+            twin = seen_in_lower_case[lower]
             print0(f"warning: {twin!r} and {label!r} are two classes")
+        seen_in_lower_case[lower] = label
 
 
 def visible_part(label: str) -> str:
@@ -374,7 +381,7 @@ def check_contradictions(frame: pd.DataFrame, identities: list[str]) -> None:
         if labels[row] != labels[first]:
             where = f"{places[first]} and {places[row]}"
             faults.append(f"{where}: one image, {labels[first]!r} and {labels[row]!r}")
-    refuse(faults)
+    raise_if_any(faults)
 
 
 def check_leaks(train: pd.DataFrame, valid: pd.DataFrame) -> None:
@@ -384,7 +391,7 @@ def check_leaks(train: pd.DataFrame, valid: pd.DataFrame) -> None:
     check_contradictions(train, train_identities)
     check_contradictions(valid, valid_identities)
     trained_on = set(train_identities)
-    refuse(
+    raise_if_any(
         f"{place}: {path!r} is a training image too"
         for identity, (place, path) in zip(valid_identities, valid["path"].items())
         if identity in trained_on
@@ -411,7 +418,7 @@ def check_splits(
     classes = find_classes(train_labels)
     if len(classes) == 1:
         raise AlasaError(f"training has one class only: {classes[0]!r}")
-    refuse(
+    raise_if_any(
         f"{place}: no training label is {label!r}"
         for place, label in valid["label"].items()
         if label not in train_labels
@@ -421,7 +428,7 @@ def check_splits(
         print0(f"the AUC is undefined: no validation label is {absent[0]!r}")
     elif absent:
         advice = "the AUC would be undefined; --monitor accuracy does not need it"
-        refuse(f"no validation label is {label!r}: {advice}" for label in absent)
+        raise_if_any(f"no validation label is {label!r}: {advice}" for label in absent)
     check_leaks(train, valid)
     return classes
 
@@ -465,7 +472,7 @@ def read_image(path: str) -> Image.Image:
         except UnidentifiedImageError:
             raise ValueError(f"unknown to Pillow, it starts with {data[:24]}") from None
         if not isinstance(image.info.get("xmp"), bytes):
-            image.info.pop("xmp", None)  # Pillow would fail to search it
+            image.info.pop("xmp", None)  # getexif searches it, and needs bytes
         image.load()
         method = UPRIGHT.get(read_orientation(image))
         if method is not None:
@@ -660,10 +667,12 @@ class AlasaDataset(Dataset):
         flat = torch.stack(all_gather(self.flat)).any(dim=0)
         return flat.nonzero().flatten().tolist()
 
-    @staticmethod
-    def collate(samples: list[tuple[Tensor, int]]) -> list[Tensor]:
-        """Return a batch: images [B, 3, H, W] and labels [B]."""
-        check_sizes([image for image, _ in samples])
+    def collate(self, samples: list) -> Tensor | list[Tensor]:
+        """Return a batch: images [B, 3, H, W] and labels [B], or images only to "test"."""
+        if self.split == "test":
+            check_sizes(samples)
+        else:
+            check_sizes([image for image, _ in samples])
         return default_collate(samples)
 
 
@@ -679,8 +688,7 @@ class TolerantDataset(AlasaDataset):
         except AlasaError as error:
             return error
 
-    @staticmethod
-    def collate(samples: list[Tensor | AlasaError]) -> tuple[Tensor, list[str]]:
+    def collate(self, samples: list[Tensor | AlasaError]) -> tuple[Tensor, list[str]]:
         """Return a batch: the images that could be read, and of each sample its error or ""."""
         images, errors = [], []
         for sample in samples:
@@ -818,8 +826,9 @@ def default_image_size(arch: str, weights: str) -> int:
     if os.path.isfile(weights):
         state, _ = load_pretrained(arch, weights)
         patch_size = int(arch.rsplit("_", maxsplit=1)[-1])
-        patches = state["encoder.pos_embedding"].shape[1] - 1
-        return math.isqrt(patches) * patch_size
+        if "encoder.pos_embedding" in state:  # [1, 1 + patches, width]
+            patches = state["encoder.pos_embedding"].shape[1] - 1
+            return math.isqrt(patches) * patch_size
     return weights_preset(arch, weights).crop_size[0]
 
 
@@ -1012,6 +1021,13 @@ def average_gradients(model: nn.Module) -> None:
         parameter.grad.copy_(mean.view_as(parameter))
 
 
+def share_buffers(model: nn.Module) -> None:
+    """Give all processes the batch statistics of the first one: each trained its own."""
+    if get_world_size() > 1:
+        for buffer in model.buffers():
+            dist.broadcast(buffer, src=0)
+
+
 def start_process(name: str) -> torch.device:
     """Return the device to work on; under torchrun, join the other processes."""
     if name == "auto":
@@ -1022,10 +1038,17 @@ def start_process(name: str) -> torch.device:
         device = torch.empty(0, device=name).device
         if device.type == "cuda":
             torch.cuda.set_device(device)
-    # Not if WORLD_SIZE is set, as it may be left over: init_process_group waits for ever.
+    # Not by WORLD_SIZE: one left over in the environment would make this wait for ever.
     if dist.is_torchelastic_launched() and not dist.is_initialized():
         dist.init_process_group()
     return device
+
+
+def cpu_capabilities() -> dict[str, bool]:
+    """Return what torch knows of the processor: before 2.8, nothing."""
+    if hasattr(torch.cpu, "get_capabilities"):
+        return torch.cpu.get_capabilities()
+    return {}
 
 
 def choose_precision(name: str, device: torch.device) -> str:
@@ -1038,7 +1061,7 @@ def choose_precision(name: str, device: torch.device) -> str:
             return "bf16"
         if capability >= (7, 0):
             return "fp16"
-    if device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16"):
+    if device.type == "cpu" and cpu_capabilities().get("avx512_bf16"):
         return "bf16"
     return "fp32"
 
@@ -1087,8 +1110,8 @@ def train_one_epoch(
 ) -> dict[str, float]:
     """Train on every batch once; return train_loss and train_accuracy.
 
-    Both are of all logits of the epoch at once, as `evaluate`'s; each logit is from before
-    its step's update.  `scheduler` steps with each batch; `scaler` is for fp16.  BadLoss if
+    Both are computed, as in `evaluate`, from the logits of all images, which were collected
+    in training, each before its step's update.  `batches` has a length.  `scheduler` steps with each batch; `scaler` is for fp16.  BadLoss if
     the loss of a batch is not finite.
     """
     device = next(model.parameters()).device
@@ -1113,7 +1136,7 @@ def train_one_epoch(
         if scheduler is not None:
             scheduler.step()
         all_logits.append(logits.detach().cpu())
-        all_labels.append(labels.cpu().clone())  # a worker's holds an open file
+        all_labels.append(labels.cpu().clone())  # a worker's keeps a file open
         show_progress(f"training, loss {batch_loss:.4f}", step, len(batches), began)
     epoch_logits = torch.cat(gather_batches(all_logits))
     epoch_labels = torch.cat(gather_batches(all_labels))
@@ -1140,26 +1163,24 @@ def infer(
     views: int = 1,
 ) -> tuple[Tensor, list]:
     """Return the logits of all images in order, over all processes: float32 [N, classes],
-    and of each batch what stood beside its images: labels, or errors.
+    and of each batch its extras, which stood beside the images: labels, or errors.
 
     The logits are the mean over the first `views` of `d4_view`: test-time augmentation.
     The model ends in evaluation mode, with the batch statistics of the first process.
     """
     device = next(model.parameters()).device
     model.eval()
-    if get_world_size() > 1:
-        for buffer in model.buffers():
-            dist.broadcast(buffer, src=0)
-    all_logits, all_beside = [], []
+    share_buffers(model)
+    all_logits, all_extras = [], []
     began = time.monotonic()
-    for step, (images, beside) in enumerate(batches, start=1):
-        all_beside.append(copy.deepcopy(beside))  # a worker's tensor holds an open file
+    for step, (images, extras) in enumerate(batches, start=1):
+        all_extras.append(copy.deepcopy(extras))  # a worker's keeps a file open
         if len(images) > 0:
             images = images.to(device, non_blocking=True)
             all_logits.append(mean_logits(model, images, precision, views).cpu())
         show_progress("evaluation", step, len(batches), began)
     logits = gather_batches(all_logits)
-    return torch.cat(logits) if logits else torch.empty(0), gather_batches(all_beside)
+    return torch.cat(logits) if logits else torch.empty(0), gather_batches(all_extras)
 
 
 def mean_logits(model: nn.Module, images: Tensor, precision: str, views: int) -> Tensor:
@@ -1206,14 +1227,14 @@ def score(labels: Tensor, logits: Tensor) -> dict[str, float]:
     scores["accuracy"] = float((logits.argmax(axis=1) == labels).mean())
     classes = logits.shape[1]
     present = np.bincount(labels, minlength=classes) > 0
-    against = log_odds_against(logits)
+    not_class = log_odds_not_class(logits)
     if present.all():
         aucs = []
         for k in range(classes):
-            aucs.append(weighted_auc(labels != k, against[:, k], doubled_below=0))
+            aucs.append(weighted_auc(labels != k, not_class[:, k], doubled_below=0))
         scores["auc"] = float(np.mean(aucs))
     if present[0] and present[1:].any():
-        scores["wauc"] = weighted_auc(labels != 0, against[:, 0])
+        scores["wauc"] = weighted_auc(labels != 0, not_class[:, 0])
     return scores
 
 
@@ -1222,12 +1243,12 @@ def describe(scores: dict[str, float]) -> str:
     return ", ".join(f"{name} {value:.6g}" for name, value in scores.items())
 
 
-def log_odds_against(logits: np.ndarray) -> np.ndarray:
+def log_odds_not_class(logits: np.ndarray) -> np.ndarray:
     """Return log(P(not class k) / P(class k)) as [N, classes]: it still ranks images where
     the probabilities of a sure network are rounded to 1.
 
-    P(not class k) is that of the classes before k and after it: of logits a, b, c it is
-    logaddexp(-inf, b + c), (a, c), (a + b, -inf), where + is logaddexp too.
+    P(not class k) is the sum over the classes before k and over those after it, which the
+    running sums from both ends hold.  A sum of all less class k would lose its digits.
     """
     none = np.full((len(logits), 1), -np.inf)
     up_to = np.logaddexp.accumulate(logits, axis=1)
@@ -1286,7 +1307,7 @@ def best_epoch(history: list[dict[str, float]], monitor: str) -> int:
 def atomic_write(path: str) -> Iterator[IO[bytes]]:
     """Open a file that replaces `path` once it is whole, or not at all, even if the disk is
     full or the power fails."""
-    part = part_of(path)
+    part = temporary_path(path)
     try:
         with open(part, "wb") as file:
             yield file
@@ -1304,7 +1325,7 @@ def atomic_write(path: str) -> Iterator[IO[bytes]]:
         part.unlink(missing_ok=True)
 
 
-def part_of(path: str) -> Path:
+def temporary_path(path: str) -> Path:
     """Return the file that becomes `path`; AlasaError if that is no file, as /dev/null."""
     if os.path.exists(path) and not os.path.isfile(path):
         raise AlasaError(f"{path}: cannot be written: not a regular file")
@@ -1313,7 +1334,7 @@ def part_of(path: str) -> Path:
 
 def check_writable(path: str) -> None:
     """Raise AlasaError if `atomic_write` could not even begin to write."""
-    part = part_of(path)
+    part = temporary_path(path)
     with explain(f"{path}: cannot be written"):
         part.touch()
         part.unlink()
@@ -1355,7 +1376,8 @@ def take_lock(lock: IO[str], folder: str) -> None:
     if fcntl is None:
         return
     try:
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # workers inherit a flock
+        # Not flock, which forked workers would hold for seconds after this process died.
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         what = f"--out {folder}: another run is writing there"
         raise AlasaError(what) from None
@@ -1387,7 +1409,9 @@ def short_name(name: str, most: int = 24) -> str:
     if len(name) > most:
         name = name[: most - 1] + "\u2026"
     # Matplotlib reads "$" as a formula, and leaves names that begin with "_" out of legends.
-    return name.replace("$", r"\$").replace("_", " _", 1 if name.startswith("_") else 0)
+    if name.startswith("_"):
+        name = f" {name}"
+    return name.replace("$", r"\$")
 
 
 def new_figure(width: float, height: float, layout: str | None = None):
@@ -1447,14 +1471,14 @@ def tune_process() -> None:
         ctypes.CDLL(None).mallopt(-4, 0)
         ctypes.CDLL(None).mallopt(-1, 2**31 - 1)
     os.environ["MPLBACKEND"] = "agg"  # a notebook's may not be installed
-    warnings.filterwarnings("ignore", module="PIL")  # of damaged metadata
-    warnings.filterwarnings(
-        "ignore", message="Glyph .* missing"
-    )  # in Matplotlib's font
+    # Pillow warns of damaged metadata, Matplotlib of letters that its font lacks.
+    warnings.filterwarnings("ignore", module="PIL")
+    warnings.filterwarnings("ignore", message="Glyph .* missing")
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # the caller closed it
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
-    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has it not
+        sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
 
 
 @contextlib.contextmanager
@@ -1469,7 +1493,7 @@ def as_script(advice: str = "") -> Iterator[None]:
     try:
         yield
     except SystemExit as stop:
-        code = stop.code
+        code = stop.code or 0
     except KeyboardInterrupt:
         print(f"interrupted{advice}", file=sys.stderr)
         code = 130
@@ -1479,10 +1503,11 @@ def as_script(advice: str = "") -> Iterator[None]:
             raise
         print("error:", line, file=sys.stderr)
         code = 2
+    if "IPython" in sys.modules:  # %run: the notebook's process goes on
+        sys.exit(code)
     for worker in multiprocessing.active_children():
         worker.kill()  # else it would live on for seconds, and hold the pipes
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if "IPython" in sys.modules:  # %run: the notebook goes on
-        sys.exit(code)
+    with contextlib.suppress(OSError):  # a pipe whose reader has gone
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(code)  # all is written, and torch takes a second to tear itself down

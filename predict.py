@@ -20,7 +20,7 @@ import alasa
 from alasa import AlasaError, atomic_write
 
 MOST_CURVES = 10  # that can be told apart
-MOST_FIGURES = 20  # classes whose counts fit into a confusion matrix
+MOST_COUNTS = 20  # classes whose counts fit into a confusion matrix
 MOST_NAMES = 50  # classes whose names can be read on an axis, and in a report
 MOST_WRONG = 12  # images
 
@@ -128,6 +128,8 @@ def predict_logits(
         alasa.seed_everything(trained.seed)
         model = alasa.restore_model(checkpoint).to(device)
         views = alasa.VIEWS[trained.augment] if args.tta else 1
+        if args.tta and views == 1:
+            print("--tta changes nothing, as training had --augment none")
         found, batch_errors = alasa.infer(model, batches, precision, views)
 
     errors = np.concatenate([np.array(part, dtype=object) for part in batch_errors])
@@ -187,7 +189,7 @@ def plot_confusion(
         names = [alasa.short_name(name) for name in classes]
         ax.set_xticks(numbers, names, rotation=90)
         ax.set_yticks(numbers, names)
-    if len(classes) <= MOST_FIGURES:
+    if len(classes) <= MOST_COUNTS:
         for true, taken_for in np.ndindex(counts.shape):
             color = "white" if shares[true, taken_for] > 0.5 else "black"
             count = counts[true, taken_for]
@@ -198,9 +200,9 @@ def plot_roc(ax, labels: np.ndarray, logits: Tensor, classes: list[str]) -> None
     """Draw each class's ROC curve against the rest; of two classes, only the second's."""
     candidates = [1] if len(classes) == 2 else range(len(classes))
     drawn = [k for k in candidates if 0 < (labels == k).sum() < len(labels)]
-    against = alasa.log_odds_against(logits.double().numpy())
+    not_class = alasa.log_odds_not_class(logits.double().numpy())
     for k in drawn[:MOST_CURVES]:
-        fpr, tpr, _ = roc_curve(labels == k, -against[:, k])
+        fpr, tpr, _ = roc_curve(labels == k, -not_class[:, k])
         ax.plot(fpr, tpr, label=alasa.short_name(classes[k]))
     title = "ROC of each class against the rest"
     if len(drawn) > MOST_CURVES:

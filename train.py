@@ -34,23 +34,55 @@ DEMO_FLAGS += " --augment none --arch shufflenet_v2_x0_5 --weights none --full-r
 DEMO_FLAGS += " --epochs 4 --batch-size 64 --lr 0.01 --weight-decay 0.1"
 DEMO_FLAGS += " --schedule cosine"
 
-# The least values of the flags that are numbers.
-LEAST = {"epochs": 1, "batch_size": 2, "image_size": 0, "workers": 0, "freeze": 0}
-LEAST |= {"lr": 0, "head_lr": 0, "weight_decay": 0, "label_smoothing": 0}
-LEAST |= {"early_stop": 0, "seed": 0}
+ALL_EPOCHS = 10**9
+FREEZE_HELP = "epochs of the last layer alone; no N: all; None: 1, from scratch 0"
+BATCH_NORM_HELP = (
+    "batch statistics, of the weights or new; None: keep, from scratch train"
+)
+SCHEDULE_HELP = "of the rates: halved when the score stalls, or warm-up and cosine"
+
+# The least and the highest values of the flags that are numbers.
+LEAST = {
+    "epochs": 1,
+    "batch_size": 2,
+    "image_size": 0,
+    "workers": 0,
+    "freeze": 0,
+    "lr": 0,
+    "head_lr": 0,
+    "weight_decay": 0,
+    "label_smoothing": 0,
+    "early_stop": 0,
+    "seed": 0,
+}
 MOST = {"label_smoothing": 1, "seed": 2**63 - 1}
 
 # A resumed run may change these flags: by themselves they change no weight.
-MAY_CHANGE = {"train_csv", "valid_csv", "image_root", "image_column", "label_column"}
-MAY_CHANGE |= {"workers", "device", "early_stop", "check_images"}
-MAY_CHANGE |= {"epochs", "out", "resume", "overwrite"}
+MAY_CHANGE = {
+    "train_csv",
+    "valid_csv",
+    "image_root",
+    "image_column",
+    "label_column",
+    "check_images",
+    "workers",
+    "device",
+    "epochs",
+    "early_stop",
+    "out",
+    "resume",
+    "overwrite",
+}
 
 
 def make_parser() -> ArgumentParser:
     parser = ArgumentParser(
-        description="Fine-tune a pretrained torchvision classifier; without data, the demo.",
+        description="Fine-tune a pretrained torchvision classifier; no data: the demo.",
         formatter_class=ArgumentDefaultsHelpFormatter,
     )
+    workers = alasa.count_workers()
+    precisions = ["auto", *alasa.DTYPES]
+    schedules = ["plateau", "cosine"]
     add = parser.add_argument_group("data").add_argument
     add("--train-csv", help="images to train on: a CSV, or a folder of class folders")
     add("--valid-csv", help="images that choose the best epoch: likewise")
@@ -58,20 +90,10 @@ def make_parser() -> ArgumentParser:
     add("--label-column", default="label", help="column of labels, text or integers")
     add("--image-root", help="where relative images start; None: at the CSV's folder")
     add("--image-size", type=int, help="pixels; 0: native; None: 224, or a ViT's own")
-    add(
-        "--augment",
-        choices=alasa.VIEWS,
-        default="crop",
-        help="random views to train on",
-    )
+    add("--augment", choices=alasa.VIEWS, default="crop", help="random views, to train")
     add("--balance", action="store_true", help="draw all classes equally often")
     add("--check-images", action="store_true", help="decode all images before training")
-    add(
-        "--workers",
-        type=int,
-        default=alasa.count_workers(),
-        help="to decode, per split",
-    )
+    add("--workers", type=int, default=workers, help="processes that decode, per split")
     add = parser.add_argument_group("model").add_argument
     add("--arch", default="resnet18", help="any torchvision classifier")
     add("--weights", default="DEFAULT", help="torchvision's name, a file, or none")
@@ -79,16 +101,14 @@ def make_parser() -> ArgumentParser:
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type=int, default=10, help="passes over the data, in all")
     add("--batch-size", type=int, default=32, help="over all processes")
-    what = "epochs of the last layer alone; no number: all; None: 1, from scratch 0"
-    add("--freeze", type=int, nargs="?", const=10**9, metavar="EPOCHS", help=what)
-    add("--lr", type=float, help="learning rate; None: 3e-5, from scratch 1e-3")
+    add(
+        "--freeze", type=int, nargs="?", const=ALL_EPOCHS, metavar="N", help=FREEZE_HELP
+    )
+    add("--lr", type=float, help="learning rate; None: 3e-5, from scratch 3e-4")
     add(
         "--head-lr", type=float, help="of the last layer; None: 3e-3, from scratch --lr"
     )
-    what = (
-        "batch statistics: keep the weights' or train; None: keep, from scratch train"
-    )
-    add("--batch-norm", choices=["keep", "train"], help=what)
+    add("--batch-norm", choices=["keep", "train"], help=BATCH_NORM_HELP)
     add("--weight-decay", type=float, default=0.01, help="of the optimizer")
     add(
         "--optimizer",
@@ -96,18 +116,16 @@ def make_parser() -> ArgumentParser:
         default="adamw",
         help="sgd: momentum 0.9",
     )
-    what = "of the rates: halved when the score stalls, or warm-up and cosine"
-    add("--schedule", choices=["plateau", "cosine"], default="plateau", help=what)
+    add("--schedule", choices=schedules, default="plateau", help=SCHEDULE_HELP)
     add("--label-smoothing", type=float, default=0.0, help="of the loss, 0..1")
     add(
         "--monitor",
         choices=alasa.MONITORS,
         default="auc",
-        help="to choose the best epoch",
+        help="chooses the best epoch",
     )
     add("--early-stop", type=int, default=0, help="stalled epochs to wait; 0: for ever")
     add = parser.add_argument_group("run").add_argument
-    precisions = ["auto", *alasa.DTYPES]
     add("--precision", choices=precisions, default="auto", help="auto: what is fast")
     add("--compile", action="store_true", help="use torch.compile")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
@@ -134,7 +152,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     if args.freeze is None:
         args.freeze = 1 if pretrained else 0
     if args.lr is None:
-        args.lr = 3e-5 if pretrained else 1e-3
+        args.lr = 3e-5 if pretrained else 3e-4
     if args.head_lr is None:
         args.head_lr = 3e-3 if pretrained else args.lr
     if args.batch_norm is None:
@@ -234,8 +252,8 @@ def check_same_run(saved: dict, run: dict) -> None:
 
 def load_data(args: Namespace) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:
     """Return the rows of both splits, checked, and the names of the classes."""
-    if args.train_csv == DEMO_CSV and not os.path.exists(DEMO_CSV):
-        if alasa.get_rank() == 0:
+    if args.train_csv == DEMO_CSV:
+        if alasa.get_rank() == 0 and not os.path.exists(DEMO_CSV):
             write_digits()
         alasa.all_gather(None)  # the others wait
     columns = {"image_column": args.image_column, "label_column": args.label_column}
@@ -256,7 +274,7 @@ def check_readable(frame: pd.DataFrame, workers: int) -> None:
     faults = []
     for _, errors in alasa.make_loader(TolerantDataset(frame), 1, workers):
         faults += filter(None, errors)
-    alasa.refuse(faults, most=len(frame))
+    alasa.raise_if_any(faults, most=len(frame))
 
 
 def make_datasets(
@@ -307,8 +325,8 @@ def make_model(args: Namespace, classes: list[str], saved: dict | None) -> nn.Mo
 
 def check_model(model: nn.Module, data: AlasaDataset, precision: str) -> None:
     """Raise AlasaError if the model cannot take such images."""
+    image, label = data[0]
     with alasa.explain("the model cannot take such images"):
-        image, label = data[0]
         alasa.infer(model, [(image[None], label)], precision)
 
 
@@ -334,7 +352,7 @@ def cosine_factor(step: int, steps: int) -> float:
     warm_up = max(1, steps // 10)
     if step < warm_up:
         return (step + 1) / warm_up
-    done = (step - warm_up) / (steps - warm_up)
+    done = (step - warm_up) / max(1, steps - warm_up)
     return (1 + math.cos(math.pi * done)) / 2
 
 
@@ -414,7 +432,7 @@ def plot_history(history: list[dict[str, float]]):
 
 
 def save_epoch(run: dict, parts: dict) -> None:
-    """Write the files of the run, in place of those of another run after its first epoch.
+    """Write the files of the run; after its first epoch, delete a former run's.
 
     last.pt is written last: an epoch that was not saved whole is trained again.
     """
@@ -425,7 +443,8 @@ def save_epoch(run: dict, parts: dict) -> None:
     if len(history) == 1:
         Path(out, "last.pt").unlink(missing_ok=True)
         Path(out, "best.pt").unlink(missing_ok=True)
-    if alasa.best_epoch(history, run["args"]["monitor"]) == len(history):
+    is_best = alasa.best_epoch(history, run["args"]["monitor"]) == len(history)
+    if is_best:
         with atomic_write(f"{out}/best.pt") as file:
             torch.save(run | {"model": states["model"]}, file)
     with atomic_write(f"{out}/log.csv") as file:
@@ -462,8 +481,7 @@ def main(args: Namespace, criterion: nn.Module | None = None) -> list[dict]:
 
         train_set, valid_set = make_datasets(train, valid, classes, args)
         train_loader, valid_loader = make_loaders(train_set, valid_set, args, device)
-        # The workers are forked here, before the heap grows: of what they share with this
-        # process, each page that it writes to afterwards is copied first.
+        # Fork the workers before the heap grows: less is copied when it is written to.
         train_batches = alasa.begin_pass(train_loader, first)
         valid_batches = alasa.begin_pass(valid_loader, first)
 
