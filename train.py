@@ -31,8 +31,8 @@ DEMO_CSV = "digits/train.csv"
 # Digits of 8x8 pixels: nothing to crop or mirror, and no pretrained weights to build on.
 DEMO_FLAGS = f"--train-csv {DEMO_CSV} --valid-csv digits/valid.csv --image-size 16"
 DEMO_FLAGS += " --augment none --arch shufflenet_v2_x0_5 --weights none --full-res-stem"
-DEMO_FLAGS += " --epochs 4 --batch-size 64 --lr 0.01 --weight-decay 0.1"
-DEMO_FLAGS += " --schedule cosine"
+DEMO_FLAGS += " --epochs 4 --batch-size 64 --lr 0.02 --weight-decay 0.1"
+DEMO_FLAGS += " --schedule cosine --label-smoothing 0.1"
 
 ALL_EPOCHS = 10**9
 FREEZE_HELP = "epochs of the last layer alone; no N: all; None: 1, from scratch 0"
