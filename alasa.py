@@ -474,10 +474,11 @@ def read_image(path: str) -> Image.Image:
         if not isinstance(image.info.get("xmp"), bytes):
             image.info.pop("xmp", None)  # getexif searches it, and needs bytes
         image.load()
+        upright = to_rgb(image)
         method = UPRIGHT.get(read_orientation(image))
         if method is not None:
-            image = image.transpose(method)
-        return to_rgb(image)
+            upright = upright.transpose(method)
+        return upright
 
 
 def needed_png_chunks(data: bytes) -> bytes:
@@ -605,7 +606,8 @@ def check_sizes(images: list[Tensor]) -> None:
 class AlasaDataset(Dataset):
     """The images that a frame lists: (image, label) pairs, or images only to "test".
 
-    The frame is `read_rows`'s, with class indices for labels.  `transform` takes an RGB
+    The frame is `read_rows`'s, or has images alone, with class indices for labels.
+    `transform` takes an RGB
     PIL image and returns [3, H, W]: uint8, or floats that are normalised already.  By
     default images keep their size, and training sees them in a random view of D4.
 
@@ -924,8 +926,8 @@ def load_pretrained(
         state = content
         for key in ("model", "state_dict", "model_state_dict"):
             state = state.get(key, state)
-        # Of what wrapped the model, in any order.
-        for prefix in ("module.", "_orig_mod.", "model.", "module.", "_orig_mod."):
+        # What wrapped the model left its prefix; two may have, in any order.
+        for prefix in 2 * ("module.", "_orig_mod.", "model."):
             consume_prefix_in_state_dict_if_present(state, prefix)
         for key in list(state):
             # torchvision's file of densenet has "denselayer1.norm.1" for "denselayer1.norm1".
@@ -1314,10 +1316,11 @@ def atomic_write(path: str) -> Iterator[IO[bytes]]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
-    except (OSError, RuntimeError) as error:
-        cause = error
-        if isinstance(error, RuntimeError) and error.__context__ is not None:
-            cause = error.__context__  # torch.save hides what happened to the file
+    except OSError as error:
+        raise AlasaError(f"{path}: cannot be written: {error}") from error
+    except RuntimeError as error:
+        # torch.save raises it in place of what happened to the file, or of Ctrl-C.
+        cause = error.__context__ or error
         if isinstance(cause, KeyboardInterrupt):
             raise cause from None
         raise AlasaError(f"{path}: cannot be written: {cause}") from error
@@ -1451,7 +1454,7 @@ ADVICE = {
 
 def one_line(error: Exception) -> str | None:
     """Return what to tell of a fault that the user can mend; None of a bug."""
-    # A worker's error comes with its traceback, which ends with the message.
+    # A worker's error is "Caught AlasaError in … Traceback … alasa.AlasaError: message".
     message = str(error).rsplit("alasa.AlasaError: ", maxsplit=1)[-1]
     message = " ".join(message.split()) or type(error).__name__
     if isinstance(error, RuntimeError | MemoryError | OSError | AlasaError):

@@ -297,4 +297,5 @@ def main(args: Namespace) -> pd.DataFrame:
 if __name__ == "__main__":
     with alasa.as_script():
         table = main(parse_args())
-        sys.exit(1 if "error" in table else 0)
+        some_failed = "error" in table
+        sys.exit(1 if some_failed else 0)

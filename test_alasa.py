@@ -104,6 +104,7 @@ def refused(expected: str):
 
 
 def as_script(main) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # nohup would ignore it
     with alasa.as_script("; --resume goes on"):
         main()
 

@@ -497,8 +497,8 @@ def main(args: Namespace, criterion: nn.Module | None = None) -> list[dict]:
         parts = {"model": model, "optimizer": optimizer}
         parts |= {"scheduler": scheduler, "scaler": scaler}
         if saved:
-            for name, part in parts.items():
-                part.load_state_dict(saved[name])
+            for name in ("optimizer", "scheduler", "scaler"):
+                parts[name].load_state_dict(saved[name])
         run |= {"mean": model.mean, "std": model.std}
         if args.compile:
             # Not dynamic, as it would adapt to steps that a resumed run has not seen.
