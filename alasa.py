@@ -200,7 +200,7 @@ def read_csv(
     raise_if_any(
         f"{place}: the image is empty"
         for place, image in frame["image"].items()
-        if not image.strip(" \t\0")
+        if not image.strip()
     )
     raise_if_any(
         f"{place}: {image!r} is no file name"
@@ -424,11 +424,16 @@ def check_splits(
         if label not in train_labels
     )
     absent = find_classes(train_labels - valid_labels)
-    if absent and monitor == "accuracy":
-        print0(f"the AUC is undefined: no validation label is {absent[0]!r}")
-    elif absent:
+    if monitor == "auc":
         advice = "the AUC would be undefined; --monitor accuracy does not need it"
         raise_if_any(f"no validation label is {label!r}: {advice}" for label in absent)
+    elif absent:
+        print0(f"the AUC is undefined: no validation label is {absent[0]!r}")
+    has_negatives = classes[0] in valid_labels
+    has_positives = len(valid_labels - {classes[0]}) > 0
+    if monitor == "wauc" and not (has_negatives and has_positives):
+        what = f"wauc needs validation images of {classes[0]!r} and of another class"
+        raise AlasaError(what)
     check_leaks(train, valid)
     return classes
 
@@ -730,7 +735,8 @@ def make_loader(
     """
     rank, world = get_rank(), get_world_size()
     if data.split == "train":
-        # Not the seed itself, as epoch 2 of seed 0 would have the order of epoch 1 of seed 1.
+        # Not the seed itself: the sampler adds the epoch to it, so epoch 2 of seed 0 would
+        # have the order of epoch 1 of seed 1.  Of 32 bits, so that the sum has at most 64.
         seed = stable_hash("order", data.seed) % 2**32
         sampler = DistributedSampler(data, world, rank, seed=seed, drop_last=True)
         share = batch_size // world
@@ -1138,7 +1144,7 @@ def train_one_epoch(
         if scheduler is not None:
             scheduler.step()
         all_logits.append(logits.detach().cpu())
-        all_labels.append(labels.cpu().clone())  # a worker's keeps a file open
+        all_labels.append(labels.cpu().clone())  # shared, it keeps a file open
         show_progress(f"training, loss {batch_loss:.4f}", step, len(batches), began)
     epoch_logits = torch.cat(gather_batches(all_logits))
     epoch_labels = torch.cat(gather_batches(all_labels))
@@ -1176,7 +1182,7 @@ def infer(
     all_logits, all_extras = [], []
     began = time.monotonic()
     for step, (images, extras) in enumerate(batches, start=1):
-        all_extras.append(copy.deepcopy(extras))  # a worker's keeps a file open
+        all_extras.append(copy.deepcopy(extras))  # shared, it keeps a file open
         if len(images) > 0:
             images = images.to(device, non_blocking=True)
             all_logits.append(mean_logits(model, images, precision, views).cpu())
@@ -1278,7 +1284,8 @@ def weighted_auc(
     order = np.argsort(-y_score, kind="stable")
     positives = y_true[order].cumsum()
     negatives = (~y_true[order]).cumsum()
-    ends_a_tie = np.append(np.diff(y_score[order]) != 0, True)
+    falling = y_score[order]
+    ends_a_tie = np.append(falling[1:] != falling[:-1], True)
     tpr = np.append(0, positives[ends_a_tie] / positives[-1])
     fpr = np.append(0, negatives[ends_a_tie] / negatives[-1])
     # A corner where the curve crosses 0.4: both axes only rise, so sorting places it.

@@ -275,7 +275,8 @@ def main(args: Namespace) -> pd.DataFrame:
     frame = read_inputs(args, test_csv, trained)
     picture = f"{os.path.splitext(args.output)[0]}.png"
     outputs = [args.output, picture] if "label" in frame else [args.output]
-    check_outputs([args.checkpoint, test_csv, *frame["path"]], outputs)
+    csvs = [test_csv, trained.train_csv, trained.valid_csv]
+    check_outputs([args.checkpoint, *csvs, *frame["path"]], outputs)
 
     logits, errors = predict_logits(frame, checkpoint, args, trained)
     table = make_table(frame["image"].tolist(), classes, logits, errors)

@@ -177,6 +177,16 @@ def test_an_undefined_score_is_an_error_or_nan_never_a_number():
     assert math.isnan(one_class_absent["auc"]) and one_class_absent["wauc"] == 1
 
 
+def test_infinite_scores_tie_like_others():
+    labels, scores = (
+        np.array([0, 1, 1, 0]),
+        np.array([math.inf, math.inf, 0, -math.inf]),
+    )
+    for order in itertools.permutations(range(4)):
+        auc = alasa.weighted_auc(labels[[*order]], scores[[*order]], doubled_below=0)
+        assert auc == pytest.approx(0.625)
+
+
 def test_a_sure_network_is_ranked_where_its_probabilities_round_to_one():
     for shift in (-99, 0, 99):
         logits = np.array([[0.0, 1, -1], [0, 2, -1], [0, -1, 3]])
@@ -460,6 +470,10 @@ def test_splits_with_an_undefined_or_flattering_score_are_refused(capsys):
         pd.concat([train, train]), same_name
     )  # twice the same label: fine
     assert "1 file names are in both splits" in capsys.readouterr().out
+    third = train.assign(label=["dog", *train["label"][1:]])
+    assert alasa.check_splits(third, valid, "wauc") == ["ant", "cat", "dog"]
+    with refused("wauc needs validation images of 'ant' and of another class"):
+        alasa.check_splits(train, valid[valid["label"] == "cat"], "wauc")
     capital = train.assign(label=["Cat", *train["label"][1:]])
     alasa.check_splits(capital, valid, "accuracy")
     out = capsys.readouterr().out
@@ -860,10 +874,17 @@ def test_a_target_is_found_unfit_before_the_work(reference):
         fit()
     os.mkfifo("device")
     model = ("--checkpoint", reference / "best.pt", "--test-csv", "valid.csv")
+    trained_on = alasa.load_checkpoint(reference / "best.pt")["args"]["train_csv"]
     for output in ("device", "nowhere/p.csv"):
         with refused(f"{output}: cannot be written"):
             run_predict(*model, "--output", output)
-    for output in ("valid.csv", "new.png", "valid 0.csv", reference / "best.pt"):
+    for output in (
+        "valid.csv",
+        "new.png",
+        "valid 0.csv",
+        reference / "best.pt",
+        trained_on,
+    ):
         with refused("would replace an input, or itself"):
             run_predict(*model, "--output", output)
 

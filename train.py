@@ -35,7 +35,9 @@ DEMO_FLAGS += " --epochs 4 --batch-size 64 --lr 0.02 --weight-decay 0.1"
 DEMO_FLAGS += " --schedule cosine --label-smoothing 0.1"
 
 ALL_EPOCHS = 10**9
-FREEZE_HELP = "epochs of the last layer alone; no N: all; None: 1, from scratch 0"
+FREEZE_HELP = (
+    "epochs of the last layer alone; flag without N: all; None: 1, from scratch 0"
+)
 BATCH_NORM_HELP = (
     "batch statistics, of the weights or new; None: keep, from scratch train"
 )
