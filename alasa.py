@@ -280,6 +280,7 @@ def find_images(folder: str, deep: bool) -> tuple[list[str], list[str]]:
     images, others, seen = [], [], set()
 
     def stop(error: OSError) -> None:
+        """Name a folder that cannot be listed, which os.walk would pass in silence."""
         raise AlasaError(f"{folder}: {error}")
 
     for place, folders, files in os.walk(folder, onerror=stop, followlinks=True):
@@ -799,6 +800,7 @@ class Float32Conv2d(nn.Conv2d):
     """
 
     def forward(self, images: Tensor) -> Tensor:
+        """Return features [B, C, H, W], in autocast's type if it is on."""
         device = images.device.type
         with torch.autocast(device, enabled=False):
             features = super().forward(images)
@@ -983,10 +985,12 @@ def restore_model(checkpoint: dict) -> nn.Module:
 
 
 def get_rank() -> int:
+    """Return which of torchrun's processes this is, 0 without it."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def get_world_size() -> int:
+    """Return how many processes torchrun started, 1 without it."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 

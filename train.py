@@ -78,13 +78,20 @@ MAY_CHANGE = {
 
 
 def make_parser() -> ArgumentParser:
+    """Return the parser of the flags; `parse_args` fills in the defaults None."""
     parser = ArgumentParser(
         description="Fine-tune a pretrained torchvision classifier; no data: the demo.",
         formatter_class=ArgumentDefaultsHelpFormatter,
     )
+    add_data_flags(parser)
+    add_training_flags(parser)
+    add_run_flags(parser)
+    return parser
+
+
+def add_data_flags(parser: ArgumentParser) -> None:
+    """Add what to train, and on what."""
     workers = alasa.count_workers()
-    precisions = ["auto", *alasa.DTYPES]
-    schedules = ["plateau", "cosine"]
     add = parser.add_argument_group("data").add_argument
     add("--train-csv", help="images to train on: a CSV, or a folder of class folders")
     add("--valid-csv", help="images that choose the best epoch: likewise")
@@ -100,6 +107,11 @@ def make_parser() -> ArgumentParser:
     add("--arch", default="resnet18", help="any torchvision classifier")
     add("--weights", default="DEFAULT", help="torchvision's name, a file, or none")
     add("--full-res-stem", action="store_true", help="stride 1 in the first layers")
+
+
+def add_training_flags(parser: ArgumentParser) -> None:
+    """Add how to train."""
+    schedules = ["plateau", "cosine"]
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type=int, default=10, help="passes over the data, in all")
     add("--batch-size", type=int, default=32, help="over all processes")
@@ -127,6 +139,11 @@ def make_parser() -> ArgumentParser:
         help="chooses the best epoch",
     )
     add("--early-stop", type=int, default=0, help="stalled epochs to wait; 0: for ever")
+
+
+def add_run_flags(parser: ArgumentParser) -> None:
+    """Add where to train, and what to keep."""
+    precisions = ["auto", *alasa.DTYPES]
     add = parser.add_argument_group("run").add_argument
     add("--precision", choices=precisions, default="auto", help="auto: what is fast")
     add("--compile", action="store_true", help="use torch.compile")
@@ -135,7 +152,6 @@ def make_parser() -> ArgumentParser:
     add("--out", default="runs", help="folder of the run's files")
     add("--resume", action="store_true", help="go on with the run in --out")
     add("--overwrite", action="store_true", help="replace the run in --out")
-    return parser
 
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
