@@ -730,13 +730,15 @@ def test_balance_shows_a_rare_class_as_often_and_never_twice_alike():
     frame["label"] = [0] * 12 + [1]
     data = alasa.AlasaDataset(frame, "train", balance=True)
     loader = alasa.make_loader(data, 13)
-    shown, views = [], [set(), set()]
+    shown, views, rare_views = [], [set(), set()], []
     for epoch in range(1, 41):
         for images, labels in alasa.begin_pass(loader, epoch):
             shown += labels.tolist()
+            rare_views.append(len(np.unique(images[labels == 1].numpy(), axis=0)))
             for image, label in zip(images, labels):
                 views[label].add(image.numpy().tobytes())
     assert 0.4 < np.mean(shown) < 0.6
+    assert np.mean(rare_views) > 3  # of about six draws in one epoch
     assert len(views[0]) > 80 and len(views[1]) == 8
 
 
@@ -1019,8 +1021,9 @@ def test_a_lost_worker_or_exhausted_shared_memory_is_one_line(reference, capfd):
 
 
 def test_no_batch_keeps_a_workers_file_open():
-    rows = [alasa.read_csv("train.csv")] * 20
-    pd.concat(rows).to_csv("train.csv", index=False)
+    for split in ("train", "valid"):
+        rows = [pd.read_csv(f"{split}.csv")] * 40
+        pd.concat(rows).to_csv(f"{split}.csv", index=False)
 
     def fit_so():
         resource.setrlimit(resource.RLIMIT_NOFILE, (100, 100))
