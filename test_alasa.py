@@ -1229,6 +1229,15 @@ def test_closed_streams_and_a_notebooks_backend_do_no_harm(reference):
 
 
 def test_the_alaska2_recipe_splits_by_name():
+def test_a_script_takes_numbers_that_slow_a_processor_down_for_zero():
+    def halve_the_smallest():
+        with alasa.as_script():
+            smallest = torch.tensor([torch.finfo(torch.float32).tiny])
+            assert smallest > 0 and smallest / 2 == 0
+
+    assert fork(halve_the_smallest) == 0
+
+
     for folder in ("Cover", "JMiPOD", "JUNIWARD", "UERD", "Test"):
         Path(folder).mkdir()
         for name in range(20):
