@@ -1502,6 +1502,7 @@ def as_script(advice: str = "") -> Iterator[None]:
     # Weights that die out become so small that a processor takes 25 times as long for them.
     torch.set_flush_denormal(True)
 
+    pd.options.mode.string_storage = "python"  # Arrow cannot hold every file name
     The exit code is 2 for such a fault, 130 for Ctrl-C, else that of sys.exit, or 0.
     """
     tune_process()
