@@ -255,31 +255,27 @@ def read_folder(folder: str) -> pd.DataFrame:
     Images in folders of their own, at any depth, have the folder's name for a label, as in
     torchvision's ImageFolder.  Hidden files are skipped silently, others are reported.
     """
-    images, others = find_images(folder, deep=False)
-    labels = [""] * len(images)
-    for name in sorted(os.listdir(folder)):
-        class_folder = os.path.join(folder, name)
-        if name.startswith(".") or not os.path.isdir(class_folder):
-            continue
-        found, not_images = find_images(class_folder, deep=True)
-        if not found:
-            print0(f"left out, as it has no images: {class_folder}")
-        images += found
-        others += not_images
-        labels += [name] * len(found)
+    images, others = find_images(folder)
     if others:
         print0(f"left out, as no images: {len(others)} files, first {others[0]}")
     if not images:
         raise AlasaError(f"{folder}: has no images")
-    frame = pd.DataFrame({"path": images}, index=[folder] * len(images))
-    frame["image"] = [os.path.relpath(path, folder) for path in images]
+    names = [os.path.relpath(path, folder) for path in images]
+    labels = [class_folder(name) for name in names]
+    columns = {"image": names, "path": images}
     if any(labels):
-        frame["label"] = labels
-    return frame
+        columns["label"] = labels
+    return pd.DataFrame(columns, index=[folder] * len(images))
 
 
-def find_images(folder: str, deep: bool) -> tuple[list[str], list[str]]:
-    """Return the paths of a folder's images, sorted, and those of its other files."""
+def class_folder(image: str) -> str:
+    """Return the first folder of a relative path, "" if there is none."""
+    return image.split(os.sep)[0] if os.sep in image else ""
+
+
+def find_images(folder: str) -> tuple[list[str], list[str]]:
+    """Return the paths of a folder's images at any depth, sorted, and those of its other
+    files."""
     images, others, seen = [], [], set()
 
     def stop(error: OSError) -> None:
@@ -287,11 +283,15 @@ def find_images(folder: str, deep: bool) -> tuple[list[str], list[str]]:
         raise AlasaError(f"{folder}: {error}")
 
     for place, folders, files in os.walk(folder, onerror=stop, followlinks=True):
-        real = os.path.realpath(place)
-        if real in seen:  # a link led back
+        # Once in each class: two classes that are links to one folder are to be seen.
+        label = os.path.relpath(place, folder).split(os.sep)[0]
+        key = (label, os.path.realpath(place))
+        if key in seen:  # a link led back
             folders.clear()
             continue
-        seen.add(real)
+        seen.add(key)
+        if not folders and not files:
+            print0(f"left out, as it is empty: {place}")
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(files):
             path = os.path.join(place, name)
@@ -301,8 +301,6 @@ def find_images(folder: str, deep: bool) -> tuple[list[str], list[str]]:
                 images.append(path)
             else:
                 others.append(path)
-        if not deep:
-            break
     return images, others
 
 
@@ -935,8 +933,9 @@ def load_pretrained(
     with explain(what), torch.serialization.safe_globals([Namespace]):
         content = torch.load(weights, map_location="cpu", weights_only=True)
         state = content
-        for key in ("model", "state_dict", "model_state_dict"):
-            state = state.get(key, state)
+        for wrapper in ("model", "state_dict", "model_state_dict"):
+            if wrapper in content:
+                state = content[wrapper]
         # What wrapped the model left its prefix; two may have, in any order.
         for prefix in 2 * ("module.", "_orig_mod.", "model."):
             consume_prefix_in_state_dict_if_present(state, prefix)

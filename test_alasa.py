@@ -410,7 +410,7 @@ def test_a_folder_is_read_as_torchvisions_image_folder_does(capsys):
     Path("tree/a/loop").symlink_to("..")
     make_tree("tree", "loose.png")
     frame = alasa.read_rows("tree")
-    assert "left out, as it has no images: tree/empty" in capsys.readouterr().out
+    assert "left out, as it is empty: tree/empty" in capsys.readouterr().out
     assert frame["label"].tolist().count("") == 1
     assert frame["path"].tolist().count("tree/a/6.gif") == 1
     with refused("tree/empty: has no images"):
