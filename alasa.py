@@ -29,7 +29,7 @@ import unicodedata
 import warnings
 import zipfile
 import zlib
-from argparse import Namespace
+from argparse import ArgumentTypeError, Namespace
 from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
@@ -252,7 +252,7 @@ def find_column(path: str, header: list[str], column: str) -> int:
 def read_folder(folder: str) -> pd.DataFrame:
     """Return the images of a folder as `read_csv` does: `image` is relative to the folder.
 
-    Images in folders of their own, at any depth, have the folder's name for a label, as in
+    Images in folders of their own, at any depth, have that folder's name for a label, as in
     torchvision's ImageFolder.  Hidden files are skipped silently, others are reported.
     """
     images, others = find_images(folder)
@@ -614,9 +614,9 @@ class AlasaDataset(Dataset):
     """The images that a frame lists: (image, label) pairs, or images only to "test".
 
     The frame is `read_rows`'s, or has images alone, with class indices for labels.
-    `transform` takes an RGB
-    PIL image and returns [3, H, W]: uint8, or floats that are normalised already.  By
-    default images keep their size, and training sees them in a random view of D4.
+    `transform` takes an RGB PIL image and returns [3, H, W]: uint8, or floats that are
+    normalised already.  By default images keep their size, and training sees them in a
+    random view of D4.
 
     What the transform draws from torch depends on (seed, epoch, item) alone; call
     `set_epoch` before each pass.  With `balance`, each epoch draws its items anew, so that
@@ -1125,8 +1125,8 @@ def train_one_epoch(
     """Train on every batch once; return train_loss and train_accuracy.
 
     Both are computed, as in `evaluate`, from the logits of all images, which were collected
-    in training, each before its step's update.  `batches` has a length.  `scheduler` steps with each batch; `scaler` is for fp16.  BadLoss if
-    the loss of a batch is not finite.
+    in training, each before its step's update.  `batches` has a length.  `scheduler` steps
+    with each batch; `scaler` is for fp16.  BadLoss if the loss of a batch is not finite.
     """
     device = next(model.parameters()).device
     scaler = scaler or torch.amp.GradScaler(device.type, enabled=False)
@@ -1454,6 +1454,19 @@ def draw_images(
 # ---------------------------------------------------------------- scripts
 
 
+def number(kind: type, least: float, most: float = sys.float_info.max):
+    """Return the `type` of an argparse flag that is an int or a float within a range."""
+
+    def parse(text: str) -> float:
+        value = kind(text)
+        if not least <= value <= most:  # nor is NaN
+            raise ArgumentTypeError(f"{value} is out of range")
+        return value
+
+    parse.__name__ = kind.__name__  # as argparse calls it: "invalid int value"
+    return parse
+
+
 ADVICE = {
     "out of memory": "give a lower --batch-size or --image-size",
     "ALLOC_FAILED": "give a lower --batch-size or --image-size",
@@ -1486,7 +1499,10 @@ def tune_process() -> None:
     with contextlib.suppress(AttributeError, TypeError):  # no other libc has mallopt
         ctypes.CDLL(None).mallopt(-4, 0)
         ctypes.CDLL(None).mallopt(-1, 2**31 - 1)
+    # Weights that die out become so small that a processor takes 25 times as long for them.
+    torch.set_flush_denormal(True)
     os.environ["MPLBACKEND"] = "agg"  # a notebook's may not be installed
+    pd.options.mode.string_storage = "python"  # Arrow cannot hold every file name
     # Pillow warns of damaged metadata, Matplotlib of letters that its font lacks.
     warnings.filterwarnings("ignore", module="PIL")
     warnings.filterwarnings("ignore", message="Glyph .* missing")
@@ -1501,10 +1517,7 @@ def tune_process() -> None:
 def as_script(advice: str = "") -> Iterator[None]:
     """Tune the process, and end it: a fault that the user can mend is told in one line,
     and Ctrl-C with an advice.
-    # Weights that die out become so small that a processor takes 25 times as long for them.
-    torch.set_flush_denormal(True)
 
-    pd.options.mode.string_storage = "python"  # Arrow cannot hold every file name
     The exit code is 2 for such a fault, 130 for Ctrl-C, else that of sys.exit, or 0.
     """
     tune_process()

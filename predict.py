@@ -31,6 +31,9 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
         description="Predict with a checkpoint of train.py; by default, the demo's.",
         formatter_class=ArgumentDefaultsHelpFormatter,
     )
+    count = alasa.number(int, 0)
+    workers = alasa.count_workers()
+    precisions = ["auto", *alasa.DTYPES]
     add = parser.add_argument_group("images").add_argument
     add("images", nargs="*", help="image files and folders; none: those of --test-csv")
     add("--test-csv", help="a CSV or a folder; None: test.csv beside the training CSV")
@@ -41,25 +44,17 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--checkpoint", default="runs/best.pt", help="of train.py")
     add("--output", default="predictions.csv", help="CSV to write")
     add(
-        "--tta", action="store_true", help="mean over the training augmentation's views"
+        "--tta",
+        action="store_true",
+        help="mean over the views of --augment in training",
     )
-    add(
-        "--batch-size", type=int, default=0, help="0: as in training, for the same bits"
-    )
-    workers = alasa.count_workers()
-    add("--workers", type=int, default=workers, help="processes that decode images")
+    add("--batch-size", type=count, default=0, help="0: as in training: the same bits")
+    add("--workers", type=count, default=workers, help="processes that decode images")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    precisions = ["auto", *alasa.DTYPES]
-    add(
-        "--precision",
-        choices=precisions,
-        help="None: as in training, for the same bits",
-    )
+    add("--precision", choices=precisions, help="None: as in training: the same bits")
     args = parser.parse_args(argv)
     if args.images and args.test_csv:
         parser.error("give images or --test-csv, not both")
-    if min(args.workers, args.batch_size) < 0:
-        parser.error("--workers and --batch-size are at least 0")
     return args
 
 
@@ -130,13 +125,13 @@ def predict_logits(
         views = alasa.VIEWS[trained.augment] if args.tta else 1
         if args.tta and views == 1:
             print("--tta changes nothing, as training had --augment none")
-        found, batch_errors = alasa.infer(model, batches, precision, views)
+        read_logits, batch_errors = alasa.infer(model, batches, precision, views)
 
     errors = np.concatenate([np.array(part, dtype=object) for part in batch_errors])
     logits = torch.full((len(frame), len(checkpoint["classes"])), torch.nan)
     read = torch.from_numpy(errors == "")
-    if len(found) > 0:
-        logits[read] = found
+    if len(read_logits) > 0:
+        logits[read] = read_logits
     overflowed = read & ~logits.isfinite().all(dim=1)
     errors[overflowed.numpy()] = "the model's logits are not finite"
     return logits, errors

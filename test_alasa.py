@@ -1229,7 +1229,6 @@ def test_closed_streams_and_a_notebooks_backend_do_no_harm(reference):
     assert os.path.exists("predictions.png")
 
 
-def test_the_alaska2_recipe_splits_by_name():
 def test_a_script_takes_numbers_that_slow_a_processor_down_for_zero():
     def halve_the_smallest():
         with alasa.as_script():
@@ -1239,6 +1238,7 @@ def test_a_script_takes_numbers_that_slow_a_processor_down_for_zero():
     assert fork(halve_the_smallest) == 0
 
 
+def test_the_alaska2_recipe_splits_by_name():
     for folder in ("Cover", "JMiPOD", "JUNIWARD", "UERD", "Test"):
         Path(folder).mkdir()
         for name in range(20):

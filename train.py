@@ -25,7 +25,7 @@ from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 from torch.utils.data import DataLoader
 
 import alasa
-from alasa import AlasaDataset, AlasaError, TolerantDataset, atomic_write, print0
+from alasa import AlasaDataset, AlasaError, atomic_write, number, print0
 
 DEMO_CSV = "digits/train.csv"
 # Digits of 8x8 pixels: nothing to crop or mirror, and no pretrained weights to build on.
@@ -35,29 +35,9 @@ DEMO_FLAGS += " --epochs 4 --batch-size 64 --lr 0.02 --weight-decay 0.1"
 DEMO_FLAGS += " --schedule cosine --label-smoothing 0.1"
 
 ALL_EPOCHS = 10**9
-FREEZE_HELP = (
-    "epochs of the last layer alone; flag without N: all; None: 1, from scratch 0"
-)
-BATCH_NORM_HELP = (
-    "batch statistics, of the weights or new; None: keep, from scratch train"
-)
+FREEZE_HELP = "epochs of the last layer alone; no N: all; None: 1, from scratch 0"
+BATCH_NORM_HELP = "statistics of the weights, or new; None: keep, from scratch train"
 SCHEDULE_HELP = "of the rates: halved when the score stalls, or warm-up and cosine"
-
-# The least and the highest values of the flags that are numbers.
-LEAST = {
-    "epochs": 1,
-    "batch_size": 2,
-    "image_size": 0,
-    "workers": 0,
-    "freeze": 0,
-    "lr": 0,
-    "head_lr": 0,
-    "weight_decay": 0,
-    "label_smoothing": 0,
-    "early_stop": 0,
-    "seed": 0,
-}
-MOST = {"label_smoothing": 1, "seed": 2**63 - 1}
 
 # A resumed run may change these flags: by themselves they change no weight.
 MAY_CHANGE = {
@@ -91,6 +71,7 @@ def make_parser() -> ArgumentParser:
 
 def add_data_flags(parser: ArgumentParser) -> None:
     """Add what to train, and on what."""
+    count = number(int, 0)
     workers = alasa.count_workers()
     add = parser.add_argument_group("data").add_argument
     add("--train-csv", help="images to train on: a CSV, or a folder of class folders")
@@ -98,11 +79,11 @@ def add_data_flags(parser: ArgumentParser) -> None:
     add("--image-column", default="image", help="column of image files")
     add("--label-column", default="label", help="column of labels, text or integers")
     add("--image-root", help="where relative images start; None: at the CSV's folder")
-    add("--image-size", type=int, help="pixels; 0: native; None: 224, or a ViT's own")
+    add("--image-size", type=count, help="pixels; 0: native; None: 224, or a ViT's own")
     add("--augment", choices=alasa.VIEWS, default="crop", help="random views, to train")
     add("--balance", action="store_true", help="draw all classes equally often")
     add("--check-images", action="store_true", help="decode all images before training")
-    add("--workers", type=int, default=workers, help="processes that decode, per split")
+    add("--workers", type=count, default=workers, help="decoding processes, per split")
     add = parser.add_argument_group("model").add_argument
     add("--arch", default="resnet18", help="any torchvision classifier")
     add("--weights", default="DEFAULT", help="torchvision's name, a file, or none")
@@ -111,44 +92,35 @@ def add_data_flags(parser: ArgumentParser) -> None:
 
 def add_training_flags(parser: ArgumentParser) -> None:
     """Add how to train."""
-    schedules = ["plateau", "cosine"]
+    count, rate, share = number(int, 0), number(float, 0), number(float, 0, 1)
+    passes, images = number(int, 1), number(int, 2)
+    freeze = {"nargs": "?", "const": ALL_EPOCHS, "metavar": "N"}  # the flag without N
+    optimizers, schedules = ["adamw", "sgd"], ["plateau", "cosine"]
+    monitors, statistics = alasa.MONITORS, ["keep", "train"]
     add = parser.add_argument_group("training").add_argument
-    add("--epochs", type=int, default=10, help="passes over the data, in all")
-    add("--batch-size", type=int, default=32, help="over all processes")
-    add(
-        "--freeze", type=int, nargs="?", const=ALL_EPOCHS, metavar="N", help=FREEZE_HELP
-    )
-    add("--lr", type=float, help="learning rate; None: 3e-5, from scratch 3e-4")
-    add(
-        "--head-lr", type=float, help="of the last layer; None: 3e-3, from scratch --lr"
-    )
-    add("--batch-norm", choices=["keep", "train"], help=BATCH_NORM_HELP)
-    add("--weight-decay", type=float, default=0.01, help="of the optimizer")
-    add(
-        "--optimizer",
-        choices=["adamw", "sgd"],
-        default="adamw",
-        help="sgd: momentum 0.9",
-    )
+    add("--epochs", type=passes, default=10, help="passes over the data, in all")
+    add("--batch-size", type=images, default=32, help="over all processes")
+    add("--freeze", type=count, help=FREEZE_HELP, **freeze)
+    add("--lr", type=rate, help="learning rate; None: 3e-5, from scratch 3e-4")
+    add("--head-lr", type=rate, help="of the last layer; None: 3e-3, from scratch --lr")
+    add("--batch-norm", choices=statistics, help=BATCH_NORM_HELP)
+    add("--weight-decay", type=rate, default=0.01, help="of the optimizer")
+    add("--optimizer", choices=optimizers, default="adamw", help="sgd: momentum 0.9")
     add("--schedule", choices=schedules, default="plateau", help=SCHEDULE_HELP)
-    add("--label-smoothing", type=float, default=0.0, help="of the loss, 0..1")
-    add(
-        "--monitor",
-        choices=alasa.MONITORS,
-        default="auc",
-        help="chooses the best epoch",
-    )
-    add("--early-stop", type=int, default=0, help="stalled epochs to wait; 0: for ever")
+    add("--label-smoothing", type=share, default=0.0, help="of the loss, 0..1")
+    add("--monitor", choices=monitors, default="auc", help="chooses the best epoch")
+    add("--early-stop", type=count, default=0, help="stalled epochs to wait; 0: never")
 
 
 def add_run_flags(parser: ArgumentParser) -> None:
     """Add where to train, and what to keep."""
+    seed = number(int, 0, 2**63 - 1)
     precisions = ["auto", *alasa.DTYPES]
     add = parser.add_argument_group("run").add_argument
     add("--precision", choices=precisions, default="auto", help="auto: what is fast")
     add("--compile", action="store_true", help="use torch.compile")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    add("--seed", type=int, default=0, help="of all randomness")
+    add("--seed", type=seed, default=0, help="of all randomness")
     add("--out", default="runs", help="folder of the run's files")
     add("--resume", action="store_true", help="go on with the run in --out")
     add("--overwrite", action="store_true", help="replace the run in --out")
@@ -177,11 +149,6 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
         args.batch_norm = "keep" if pretrained else "train"
     if args.image_size is None:
         args.image_size = alasa.default_image_size(args.arch, args.weights)
-    for name, least in LEAST.items():
-        value = getattr(args, name)
-        most = MOST.get(name, sys.float_info.max)
-        if not least <= value <= most:  # nor is NaN
-            parser.error(f"--{name.replace('_', '-')} {value} is out of range")
     return args
 
 
@@ -192,8 +159,8 @@ def write_digits() -> None:
     digits = load_digits()
     os.makedirs("digits/images", exist_ok=True)
     names = []
-    for number, grey in enumerate(digits.images):  # 0..16
-        names.append(f"images/{number:04d}.png")
+    for index, grey in enumerate(digits.images):  # 0..16
+        names.append(f"images/{index:04d}.png")
         pixels = (grey * 255 / 16).round().astype(np.uint8)
         Image.fromarray(pixels).save(f"digits/{names[-1]}")
     rows = pd.DataFrame({"image": names, "label": digits.target})
@@ -212,9 +179,8 @@ def load_saved(args: Namespace) -> dict | None:
     if args.resume:
         saved = alasa.load_checkpoint(last)
         if alasa.best_epoch(saved["history"], args.monitor) > 0:
-            alasa.load_checkpoint(
-                f"{args.out}/best.pt"
-            )  # better to fail now than to end without it
+            # Better to fail now than to end without it.
+            alasa.load_checkpoint(f"{args.out}/best.pt")
         return saved
     names = ("last.pt", "best.pt", "log.csv", "losses.png")
     found = [name for name in names if os.path.exists(f"{args.out}/{name}")]
@@ -290,7 +256,7 @@ def load_data(args: Namespace) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:
 def check_readable(frame: pd.DataFrame, workers: int) -> None:
     """Raise AlasaError with all images that cannot be read."""
     faults = []
-    for _, errors in alasa.make_loader(TolerantDataset(frame), 1, workers):
+    for _, errors in alasa.make_loader(alasa.TolerantDataset(frame), 1, workers):
         faults += filter(None, errors)
     alasa.raise_if_any(faults, most=len(frame))
 
@@ -346,6 +312,15 @@ def check_model(model: nn.Module, data: AlasaDataset, precision: str) -> None:
     image, label = data[0]
     with alasa.explain("the model cannot take such images"):
         alasa.infer(model, [(image[None], label)], precision)
+
+
+def make_criterion(criterion, args: Namespace, device: torch.device):
+    """Return the criterion, by default cross entropy, on the device."""
+    if criterion is None:
+        criterion = nn.CrossEntropyLoss(label_smoothing=args.label_smoothing)
+    if isinstance(criterion, nn.Module):
+        criterion.to(device)  # its class weights, for one
+    return criterion
 
 
 def make_optimizer(model: nn.Module, args: Namespace) -> torch.optim.Optimizer:
@@ -505,10 +480,7 @@ def main(args: Namespace, criterion: nn.Module | None = None) -> list[dict]:
 
         model = make_model(args, classes, saved).to(device)
         check_model(model, valid_set, precision)
-        if criterion is None:
-            criterion = nn.CrossEntropyLoss(label_smoothing=args.label_smoothing)
-        if isinstance(criterion, nn.Module):
-            criterion.to(device)  # its class weights, for one
+        criterion = make_criterion(criterion, args, device)
         optimizer = make_optimizer(model, args)
         scheduler = make_scheduler(optimizer, args, len(train_loader))
         scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
@@ -527,9 +499,6 @@ def main(args: Namespace, criterion: nn.Module | None = None) -> list[dict]:
         print_chance(criterion, train_set, valid_set, device)
         if first == 1:
             save_batch(train_loader, classes, args.out)
-        how = {"scaler": scaler, "precision": precision}
-        how["keep_batch_norm"] = args.batch_norm == "keep"
-        how["scheduler"] = scheduler if args.schedule == "cosine" else None
 
         for epoch in range(first, args.epochs + 1):
             stalled = len(history) - alasa.best_epoch(history, args.monitor)
@@ -542,7 +511,14 @@ def main(args: Namespace, criterion: nn.Module | None = None) -> list[dict]:
             alasa.set_frozen(model, epoch <= args.freeze)
             with naming_bad_images(train_loader, epoch):
                 row |= alasa.train_one_epoch(
-                    model, train_batches, criterion, optimizer, **how
+                    model,
+                    train_batches,
+                    criterion,
+                    optimizer,
+                    scheduler if args.schedule == "cosine" else None,
+                    scaler,
+                    precision,
+                    keep_batch_norm=args.batch_norm == "keep",
                 )
             row |= alasa.evaluate(model, valid_batches, criterion, precision)
             if epoch < args.epochs:  # the workers read on while the epoch is saved
