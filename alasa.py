@@ -6,7 +6,8 @@
 Made for steganalysis, where the signal is a change of pixels by one grey level, so that
 nothing here rounds, resizes or replaces a pixel unasked; right for any other images too.
 Read it from top to bottom, in the order of the work: errors, seeds, rows, images, batches,
-the model, several processes, one epoch, scores, files, and what a script does to its process.
+the model, several processes, one epoch, scores, files, pictures, and what a script does to
+its process.
 """
 
 import contextlib
@@ -95,13 +96,13 @@ def explain(what: str) -> Iterator[None]:
         raise AlasaError(f"{what}: {why[:300]}") from error
 
 
-def raise_if_any(faults: Iterable[str], most: int = 10) -> None:
+def raise_if_any(faults: Iterable[str], shown: int = 10) -> None:
     """Raise AlasaError with the first faults and their number, if there are any."""
     faults = list(faults)
     if not faults:
         return
-    message = "; ".join(faults[:most])
-    if len(faults) > most:
+    message = "; ".join(faults[:shown])
+    if len(faults) > shown:
         message += f"; ... ({len(faults)} in all)"
     raise AlasaError(message)
 
@@ -127,7 +128,7 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for the next line
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS is not
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # only costs time here
     torch.backends.cudnn.benchmark = False
@@ -201,14 +202,9 @@ def read_csv(
         label_at = find_column(path, header, label_column)
         frame["label"] = [cells[label_at] for cells in rows.values()]
     raise_if_any(
-        f"{place}: the image is empty"
-        for place, image in frame["image"].items()
-        if not image.strip()
-    )
-    raise_if_any(
         f"{place}: {image!r} is no file name"
         for place, image in frame["image"].items()
-        if "\0" in image
+        if not image.strip() or "\0" in image
     )
     root = os.path.dirname(path) if image_root is None else image_root
     frame["path"] = [os.path.join(root, image) for image in frame["image"]]
@@ -261,21 +257,16 @@ def read_folder(folder: str) -> pd.DataFrame:
     if not images:
         raise AlasaError(f"{folder}: has no images")
     names = [os.path.relpath(path, folder) for path in images]
-    labels = [class_folder(name) for name in names]
+    labels = [os.path.dirname(name).split(os.sep)[0] for name in names]
     columns = {"image": names, "path": images}
     if any(labels):
         columns["label"] = labels
     return pd.DataFrame(columns, index=[folder] * len(images))
 
 
-def class_folder(image: str) -> str:
-    """Return the first folder of a relative path, "" if there is none."""
-    return image.split(os.sep)[0] if os.sep in image else ""
-
-
 def find_images(folder: str) -> tuple[list[str], list[str]]:
     """Return the paths of a folder's images at any depth, sorted, and those of its other
-    files."""
+    files; print which folders are empty."""
     images, others, seen = [], [], set()
 
     def stop(error: OSError) -> None:
@@ -283,10 +274,10 @@ def find_images(folder: str) -> tuple[list[str], list[str]]:
         raise AlasaError(f"{folder}: {error}")
 
     for place, folders, files in os.walk(folder, onerror=stop, followlinks=True):
-        # Once in each class: two classes that are links to one folder are to be seen.
+        # Twice in one class is a link that leads back; in two classes, a contradiction.
         label = os.path.relpath(place, folder).split(os.sep)[0]
         key = (label, os.path.realpath(place))
-        if key in seen:  # a link led back
+        if key in seen:
             folders.clear()
             continue
         seen.add(key)
@@ -534,12 +525,10 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if not image.has_transparency_data:
         return image.convert("RGB")
     image = image.convert("RGBA")
-    is_tiff = len(tags) > 0
-    # A fourth channel that the TIFF does not call alpha is often infrared.
-    if is_tiff and TiffImagePlugin.EXTRASAMPLES not in tags:
-        return image.convert("RGB")
-    alpha_is_unused = image.getchannel("A").getextrema() == (0, 0)
-    if alpha_is_unused:
+    # A fourth channel that a TIFF does not call alpha is often infrared.
+    is_alpha = not tags or TiffImagePlugin.EXTRASAMPLES in tags
+    all_is_transparent = image.getchannel("A").getextrema() == (0, 0)
+    if not is_alpha or all_is_transparent:
         return image.convert("RGB")
     white = Image.new("RGBA", image.size, "white")
     return Image.alpha_composite(white, image).convert("RGB")
@@ -678,10 +667,8 @@ class AlasaDataset(Dataset):
 
     def collate(self, samples: list) -> Tensor | list[Tensor]:
         """Return a batch: images [B, 3, H, W] and labels [B], or images only to "test"."""
-        if self.split == "test":
-            check_sizes(samples)
-        else:
-            check_sizes([image for image, _ in samples])
+        images = samples if self.split == "test" else [image for image, _ in samples]
+        check_sizes(images)
         return default_collate(samples)
 
 
@@ -718,12 +705,15 @@ def start_worker(_: int) -> None:
 
 
 def count_workers() -> int:
-    """Return how many workers may decode images: half of the processors, at most 8."""
+    """Return how many workers may decode images of each split: half of the processors, at
+    most 8; where a GPU does the rest, all but one, at most 16."""
     processors = os.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):  # a container may have fewer than the machine
         processors = len(os.sched_getaffinity(0))
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # of torchrun
-    return min(8, processors // 2 // processes)
+    processors //= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # of torchrun
+    if torch.cuda.is_available():
+        return min(16, max(0, processors - 1))
+    return min(8, processors // 2)
 
 
 def make_loader(
@@ -811,27 +801,23 @@ class Float32Conv2d(nn.Conv2d):
         return features
 
 
-def check_arch(arch: str) -> None:
-    """Raise AlasaError unless it is a torchvision classifier with one head."""
-    several_heads = ["googlenet", "inception_v3"]
-    known = torchvision.models.list_models(torchvision.models, exclude=several_heads)
-    if arch not in known:
-        raise AlasaError(f"--arch {arch} is not supported; choose from {known}")
-
-
-def weights_preset(arch: str, weights: str):
+def input_preset(arch: str, weights: str):
     """Return how torchvision prepares images for these weights: mean, std, crop_size.
 
     A file, and no weights at all, are taken like the architecture's default weights.
+    AlasaError unless it is a torchvision classifier with one head.
     """
-    check_arch(arch)
+    several_heads = ["googlenet", "inception_v3"]
+    archs = torchvision.models.list_models(torchvision.models, exclude=several_heads)
+    if arch not in archs:
+        raise AlasaError(f"--arch {arch} is not supported; choose from {archs}")
     known = torchvision.models.get_model_weights(arch).__members__
     return known.get(weights, known["DEFAULT"]).transforms()
 
 
 def default_image_size(arch: str, weights: str) -> int:
     """Return 224; for a vision transformer, which has one size, that of the weights."""
-    check_arch(arch)
+    preset = input_preset(arch, weights)
     if not arch.startswith("vit_"):
         return 224
     if os.path.isfile(weights):
@@ -840,7 +826,7 @@ def default_image_size(arch: str, weights: str) -> int:
         if "encoder.pos_embedding" in state:  # [1, 1 + patches, width]
             patches = state["encoder.pos_embedding"].shape[1] - 1
             return math.isqrt(patches) * patch_size
-    return weights_preset(arch, weights).crop_size[0]
+    return preset.crop_size[0]
 
 
 def build_model(
@@ -863,7 +849,7 @@ def build_model(
     first convolution, and of pooling right behind it, to 1, so that the stem keeps every
     pixel.  `image_size` is for vision transformers, which are made for one size.
     """
-    preset = weights_preset(arch, weights)
+    preset = input_preset(arch, weights)
     options = {"num_classes": num_classes}
     if arch.startswith("vit_") and image_size > 0:
         options["image_size"] = image_size
@@ -936,6 +922,7 @@ def load_pretrained(
         for wrapper in ("model", "state_dict", "model_state_dict"):
             if wrapper in content:
                 state = content[wrapper]
+                break
         # What wrapped the model left its prefix; two may have, in any order.
         for prefix in 2 * ("module.", "_orig_mod.", "model."):
             consume_prefix_in_state_dict_if_present(state, prefix)
@@ -1058,13 +1045,6 @@ def start_process(name: str) -> torch.device:
     return device
 
 
-def cpu_capabilities() -> dict[str, bool]:
-    """Return what torch knows of the processor: before 2.8, nothing."""
-    if hasattr(torch.cpu, "get_capabilities"):
-        return torch.cpu.get_capabilities()
-    return {}
-
-
 def choose_precision(name: str, device: torch.device) -> str:
     """Return the precision; "auto" is what the hardware is made for."""
     if name != "auto":
@@ -1075,7 +1055,9 @@ def choose_precision(name: str, device: torch.device) -> str:
             return "bf16"
         if capability >= (7, 0):
             return "fp16"
-    if device.type == "cpu" and cpu_capabilities().get("avx512_bf16"):
+    # Before torch 2.8, nothing is known of the processor.
+    cpu_capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    if device.type == "cpu" and cpu_capabilities.get("avx512_bf16"):
         return "bf16"
     return "fp32"
 
@@ -1092,11 +1074,12 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 def set_training_mode(model: nn.Module, keep_batch_norm: bool) -> None:
     """Put a model into training mode, except what keeps its statistics.
 
-    That is a frozen backbone, which drops nothing out either, and all batch normalisation
-    if `keep_batch_norm`.
+    That is all of it where the head alone is trained, so that nothing is dropped out
+    either, and all batch normalisation if `keep_batch_norm`.
     """
-    frozen = not all(parameter.requires_grad for parameter in model.parameters())
-    model.train(not frozen)
+    head = find_head(model)
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    model.train(not all(name.startswith(f"{head}.") for name in trained))
     if keep_batch_norm:
         for layer in model.modules():
             if isinstance(layer, nn.BatchNorm2d):
@@ -1104,11 +1087,13 @@ def set_training_mode(model: nn.Module, keep_batch_norm: bool) -> None:
 
 
 class BadLoss(AlasaError):
-    """A training loss that is not finite; `step` counts the epoch's batches from 1."""
+    """A training loss that is not finite; `step` counts the epoch's batches from 1.
+
+    train.py adds the epoch and the images.
+    """
 
     def __init__(self, loss: float, step: int):
         super().__init__(f"the loss became {loss} in batch {step}")
-        self.loss = loss
         self.step = step
 
 
@@ -1150,7 +1135,7 @@ def train_one_epoch(
         if scheduler is not None:
             scheduler.step()
         all_logits.append(logits.detach().cpu())
-        all_labels.append(labels.cpu().clone())  # shared, it keeps a file open
+        all_labels.append(labels.cpu().clone())  # a worker's holds a file open
         show_progress(f"training, loss {batch_loss:.4f}", step, len(batches), began)
     epoch_logits = torch.cat(gather_batches(all_logits))
     epoch_labels = torch.cat(gather_batches(all_labels))
@@ -1188,7 +1173,7 @@ def infer(
     all_logits, all_extras = [], []
     began = time.monotonic()
     for step, (images, extras) in enumerate(batches, start=1):
-        all_extras.append(copy.deepcopy(extras))  # shared, it keeps a file open
+        all_extras.append(copy.deepcopy(extras))  # a worker's tensor holds a file open
         if len(images) > 0:
             images = images.to(device, non_blocking=True)
             all_logits.append(mean_logits(model, images, precision, views).cpu())
@@ -1216,13 +1201,10 @@ def evaluate(
     logits, batch_labels = infer(model, batches, precision)
     labels = torch.cat(batch_labels)
     device = next(model.parameters()).device
+    loss = total_loss(criterion, logits, labels, device)
     scores = score(labels, logits)
-    return {
-        "valid_loss": total_loss(criterion, logits, labels, device),
-        "valid_accuracy": scores["accuracy"],
-        "auc": scores["auc"],
-        "wauc": scores["wauc"],
-    }
+    accuracy = scores.pop("accuracy")
+    return {"valid_loss": loss, "valid_accuracy": accuracy} | scores
 
 
 # ---------------------------------------------------------------- scores
@@ -1294,7 +1276,8 @@ def weighted_auc(
     ends_a_tie = np.append(falling[1:] != falling[:-1], True)
     tpr = np.append(0, positives[ends_a_tie] / positives[-1])
     fpr = np.append(0, negatives[ends_a_tie] / negatives[-1])
-    # A corner where the curve crosses 0.4: both axes only rise, so sorting places it.
+    # A point more, where the curve crosses 0.4.  Along the curve both axes only rise, so
+    # that sorting each puts it in its place.
     fpr = np.sort(np.append(fpr, np.interp(doubled_below, tpr, fpr)))
     tpr = np.sort(np.append(tpr, doubled_below))
     area = np.trapezoid(tpr + np.minimum(tpr, doubled_below), fpr)
@@ -1472,8 +1455,8 @@ ADVICE = {
     "ALLOC_FAILED": "give a lower --batch-size or --image-size",
     "MemoryError": "give a lower --batch-size or --image-size",
     "can't allocate memory": "give a lower --batch-size or --image-size",
-    "DataLoader worker": "a worker was lost, try --workers 0",
-    "shared memory": "try --workers 0",
+    "DataLoader worker (pid": "a worker was lost, try --workers 0",
+    "file </torch_": "no room for shared memory, try --workers 0",
     "Too many open files": "try --workers 0",
 }
 
@@ -1494,11 +1477,12 @@ def one_line(error: Exception) -> str | None:
 
 def tune_process() -> None:
     """Set what suits a script's process, and is not a library's to set."""
-    # glibc returns large buffers to the kernel and faults them in anew at each step.  With
-    # M_MMAP_MAX (-4) 0 and M_TRIM_THRESHOLD (-1) at most it keeps them: a third faster.
+    # glibc returns large buffers to the kernel and faults them in anew at each step, unless
+    # it is told to map none and to trim nothing: up to a fifth faster, for as much memory.
+    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
     with contextlib.suppress(AttributeError, TypeError):  # no other libc has mallopt
-        ctypes.CDLL(None).mallopt(-4, 0)
-        ctypes.CDLL(None).mallopt(-1, 2**31 - 1)
+        ctypes.CDLL(None).mallopt(M_MMAP_MAX, 0)
+        ctypes.CDLL(None).mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
     # Weights that die out become so small that a processor takes 25 times as long for them.
     torch.set_flush_denormal(True)
     os.environ["MPLBACKEND"] = "agg"  # a notebook's may not be installed

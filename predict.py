@@ -58,22 +58,24 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     return args
 
 
-def default_test_csv(trained: Namespace) -> str:
+def default_test_csv(trained_args: Namespace) -> str:
     """Return the test.csv beside the training CSV, or the test folder beside its folder."""
-    folder = os.path.dirname(trained.train_csv.rstrip("/"))
-    name = "test" if os.path.isdir(trained.train_csv) else "test.csv"
+    folder = os.path.dirname(trained_args.train_csv.rstrip("/"))
+    name = "test" if os.path.isdir(trained_args.train_csv) else "test.csv"
     return os.path.join(folder, name)
 
 
-def read_inputs(args: Namespace, test_csv: str, trained: Namespace) -> pd.DataFrame:
+def read_inputs(
+    args: Namespace, test_csv: str, trained_args: Namespace
+) -> pd.DataFrame:
     """Return the images to predict, one a row, with labels where there are any."""
     if args.images:
         return read_arguments(args.images)
-    image_root = trained.image_root if args.image_root is None else args.image_root
+    image_root = trained_args.image_root if args.image_root is None else args.image_root
     frame = alasa.read_rows(
         test_csv,
-        args.image_column or trained.image_column,
-        args.label_column or trained.label_column,
+        args.image_column or trained_args.image_column,
+        args.label_column or trained_args.label_column,
         image_root,
     )
     if args.label_column and "label" not in frame:
@@ -84,13 +86,13 @@ def read_inputs(args: Namespace, test_csv: str, trained: Namespace) -> pd.DataFr
 def read_arguments(paths: list[str]) -> pd.DataFrame:
     """Return a row for each image file, and for each image in each folder."""
     frames = []
-    for number, path in enumerate(paths, start=1):
+    for position, path in enumerate(paths, start=1):
         if os.path.isdir(path):
             frame = alasa.read_folder(path)
             frames.append(frame.assign(image=frame["path"]))
         else:
             image = {"image": path, "path": path}
-            frames.append(pd.DataFrame(image, index=[f"image {number}"]))
+            frames.append(pd.DataFrame(image, index=[f"image {position}"]))
     frame = pd.concat(frames)
     if "label" in frame:
         frame["label"] = frame["label"].fillna("")
@@ -107,22 +109,22 @@ def check_outputs(inputs: list[str], outputs: list[str]) -> None:
 
 
 def predict_logits(
-    frame: pd.DataFrame, checkpoint: dict, args: Namespace, trained: Namespace
+    frame: pd.DataFrame, checkpoint: dict, args: Namespace, trained_args: Namespace
 ) -> tuple[Tensor, np.ndarray]:
     """Return for all images the logits [N, classes], and the error or "" [N].
 
     The logits of an image that could not be read are NaN.
     """
     device = alasa.start_process(args.device)
-    precision = alasa.choose_precision(args.precision or trained.precision, device)
-    data = alasa.TolerantDataset(frame, alasa.make_transform(trained.image_size))
-    batch_size = args.batch_size or trained.batch_size
+    precision = alasa.choose_precision(args.precision or trained_args.precision, device)
+    data = alasa.TolerantDataset(frame, alasa.make_transform(trained_args.image_size))
+    batch_size = args.batch_size or trained_args.batch_size
     loader = alasa.make_loader(data, batch_size, args.workers)
     batches = iter(loader)  # forks the workers, before the model makes the heap grow
     with alasa.preserved_globals():
-        alasa.seed_everything(trained.seed)
+        alasa.seed_everything(trained_args.seed)
         model = alasa.restore_model(checkpoint).to(device)
-        views = alasa.VIEWS[trained.augment] if args.tta else 1
+        views = alasa.VIEWS[trained_args.augment] if args.tta else 1
         if args.tta and views == 1:
             print("--tta changes nothing, as training had --augment none")
         read_logits, batch_errors = alasa.infer(model, batches, precision, views)
@@ -265,15 +267,15 @@ def main(args: Namespace) -> pd.DataFrame:
     if dist.is_torchelastic_launched():
         raise AlasaError("predict.py is one process: start it without torchrun")
     checkpoint = alasa.load_checkpoint(args.checkpoint)
-    trained, classes = Namespace(**checkpoint["args"]), checkpoint["classes"]
-    test_csv = args.test_csv or default_test_csv(trained)
-    frame = read_inputs(args, test_csv, trained)
+    trained_args, classes = Namespace(**checkpoint["args"]), checkpoint["classes"]
+    test_csv = args.test_csv or default_test_csv(trained_args)
+    frame = read_inputs(args, test_csv, trained_args)
     picture = f"{os.path.splitext(args.output)[0]}.png"
     outputs = [args.output, picture] if "label" in frame else [args.output]
-    csvs = [test_csv, trained.train_csv, trained.valid_csv]
+    csvs = [test_csv, trained_args.train_csv, trained_args.valid_csv]
     check_outputs([args.checkpoint, *csvs, *frame["path"]], outputs)
 
-    logits, errors = predict_logits(frame, checkpoint, args, trained)
+    logits, errors = predict_logits(frame, checkpoint, args, trained_args)
     table = make_table(frame["image"].tolist(), classes, logits, errors)
     with atomic_write(args.output) as file:
         table.to_csv(file, index=False, errors="surrogateescape")

@@ -93,13 +93,13 @@ def add_data_flags(parser: ArgumentParser) -> None:
 def add_training_flags(parser: ArgumentParser) -> None:
     """Add how to train."""
     count, rate, share = number(int, 0), number(float, 0), number(float, 0, 1)
-    passes, images = number(int, 1), number(int, 2)
+    at_least_1, at_least_2 = number(int, 1), number(int, 2)
     freeze = {"nargs": "?", "const": ALL_EPOCHS, "metavar": "N"}  # the flag without N
     optimizers, schedules = ["adamw", "sgd"], ["plateau", "cosine"]
     monitors, statistics = alasa.MONITORS, ["keep", "train"]
     add = parser.add_argument_group("training").add_argument
-    add("--epochs", type=passes, default=10, help="passes over the data, in all")
-    add("--batch-size", type=images, default=32, help="over all processes")
+    add("--epochs", type=at_least_1, default=10, help="passes over the data, in all")
+    add("--batch-size", type=at_least_2, default=32, help="over all processes")
     add("--freeze", type=count, help=FREEZE_HELP, **freeze)
     add("--lr", type=rate, help="learning rate; None: 3e-5, from scratch 3e-4")
     add("--head-lr", type=rate, help="of the last layer; None: 3e-3, from scratch --lr")
@@ -173,7 +173,7 @@ def write_digits() -> None:
 def load_saved(args: Namespace) -> dict | None:
     """Return the checkpoint to resume, or None for a new run.
 
-    AlasaError if that would replace another run, unless the demo replaces its own.
+    AlasaError if that would replace another run than the demo.
     """
     last = f"{args.out}/last.pt"
     if args.resume:
@@ -184,15 +184,15 @@ def load_saved(args: Namespace) -> dict | None:
         return saved
     names = ("last.pt", "best.pt", "log.csv", "losses.png")
     found = [name for name in names if os.path.exists(f"{args.out}/{name}")]
-    if found and not args.overwrite and not is_own_demo(args, last):
+    if found and not args.overwrite and not is_demo(last):
         what = f"{args.out} holds a run ({', '.join(found)})"
         raise AlasaError(f"{what}: --resume, --overwrite, or choose another --out")
     return None
 
 
-def is_own_demo(args: Namespace, path: str) -> bool:
-    """Tell whether the demo is to be trained, and trained the checkpoint too."""
-    if args.train_csv != DEMO_CSV or not os.path.exists(path):
+def is_demo(path: str) -> bool:
+    """Tell whether the demo trained this checkpoint."""
+    if not os.path.exists(path):
         return False
     return alasa.load_checkpoint(path)["args"]["train_csv"] == DEMO_CSV
 
@@ -255,10 +255,9 @@ def load_data(args: Namespace) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:
 
 def check_readable(frame: pd.DataFrame, workers: int) -> None:
     """Raise AlasaError with all images that cannot be read."""
-    faults = []
-    for _, errors in alasa.make_loader(alasa.TolerantDataset(frame), 1, workers):
-        faults += filter(None, errors)
-    alasa.raise_if_any(faults, most=len(frame))
+    loader = alasa.make_loader(alasa.TolerantDataset(frame), 1, workers)
+    errors = alasa.gather_batches([error for _, (error,) in loader])
+    alasa.raise_if_any(filter(None, errors), shown=len(frame))
 
 
 def make_datasets(
@@ -310,8 +309,11 @@ def make_model(args: Namespace, classes: list[str], saved: dict | None) -> nn.Mo
 def check_model(model: nn.Module, data: AlasaDataset, precision: str) -> None:
     """Raise AlasaError if the model cannot take such images."""
     image, label = data[0]
-    with alasa.explain("the model cannot take such images"):
+    try:
         alasa.infer(model, [(image[None], label)], precision)
+    except (RuntimeError, ValueError, AssertionError) as error:
+        what = f"the model cannot take such images: {error}"
+        raise AlasaError(what) from error
 
 
 def make_criterion(criterion, args: Namespace, device: torch.device):
@@ -353,8 +355,6 @@ def make_scheduler(optimizer: torch.optim.Optimizer, args: Namespace, steps: int
     """Return what changes the learning rates over epochs of so many steps."""
     if args.schedule == "cosine":
         return LambdaLR(optimizer, partial(cosine_factor, steps=args.epochs * steps))
-    # It is told the number of the best epoch so far, not the score: so of equal scores, a
-    # lower loss is progress for it too.
     return ReduceLROnPlateau(optimizer, "max", factor=0.5, patience=2, threshold=0)
 
 
@@ -367,10 +367,8 @@ def naming_bad_images(loader: DataLoader, epoch: int) -> Iterator[None]:
         data = loader.dataset
         items = list(loader.batch_sampler)[error.step - 1]
         images = ", ".join(data.paths[data.rows[item]] for item in items)
-        advice = (
-            "start again from --weights best.pt or none, with lower --lr and --head-lr"
-        )
-        what = f"epoch {epoch}: the loss became {error.loss} for {images}; {advice}"
+        advice = "start again with lower rates, from --weights best.pt or none"
+        what = f"epoch {epoch}: {error}, of {images}; {advice}"
         raise AlasaError(what) from error
 
 
@@ -449,6 +447,7 @@ def save_epoch(run: dict, parts: dict) -> None:
 
 
 def print_best(history: list[dict[str, float]], args: Namespace) -> None:
+    """Say which epoch is in best.pt."""
     best = alasa.best_epoch(history, args.monitor)
     if best == 0:
         print0(f"best: none yet, as no {args.monitor} was finite")
@@ -528,6 +527,8 @@ def main(args: Namespace, criterion: nn.Module | None = None) -> list[dict]:
             row["images_per_second"] = (len(train) + len(valid)) / row["seconds"]
             history.append(row)
             if args.schedule == "plateau":
+                # Not the score but the number of the best epoch, so that of equal scores a
+                # lower loss is progress too.
                 scheduler.step(alasa.best_epoch(history, args.monitor))
             save_epoch(run, parts)
             print0(alasa.describe(row))
