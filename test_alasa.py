@@ -407,12 +407,12 @@ def test_a_folder_is_read_as_torchvisions_image_folder_does(capsys):
     assert len(alasa.read_rows("tree")) == len(frame) + 2  # the GIF and the JFIF
     assert "label" not in alasa.read_rows("tree/a")
     Path("tree/empty").mkdir()
-    Path("tree/a/loop").symlink_to("..")
+    Path("tree/a/loop").symlink_to(".")
     make_tree("tree", "loose.png")
     frame = alasa.read_rows("tree")
     assert "left out, as it is empty: tree/empty" in capsys.readouterr().out
     assert frame["label"].tolist().count("") == 1
-    assert frame["path"].tolist().count("tree/a/6.gif") == 1
+    assert sum(path.endswith("6.gif") for path in frame["path"]) == 1
     with refused("tree/empty: has no images"):
         alasa.read_rows("tree/empty")
     with refused("tree: the label is empty"):
@@ -559,7 +559,10 @@ def test_a_model_scales_pixels_as_its_weights_want():
         scaled = alasa.normalise(pixels, model.mean, model.std)
         assert torch.allclose(scaled, wanted(pixels), atol=1e-5)
     model = alasa.build_model("resnet18", 2, "none").eval()
-    assert torch.equal(model(pixels), model(alasa.normalise(pixels)))
+    model.mean, model.std = [0.5, 0.4, 0.3], [0.2, 0.3, 0.4]
+    scaled = alasa.normalise(pixels, model.mean, model.std)
+    assert torch.equal(model(pixels), model(scaled))
+    assert not torch.equal(model(pixels), model(alasa.normalise(pixels)))
 
 
 def test_the_stem_keeps_every_pixel_and_computes_in_float32():
