@@ -412,8 +412,8 @@ def check_splits(
     if len(classes) == 1:
         raise AlasaError(f"training has one class only: {classes[0]!r}")
     raise_if_any(
-        f"{place}: no training label is {label!r}"
-        for place, label in valid["label"].items()
+        f"{place}: no training label is {label!r}, only {classes[:10]}"
+        for place, label in valid["label"].drop_duplicates().items()
         if label not in train_labels
     )
     absent = find_classes(train_labels - valid_labels)
@@ -576,7 +576,7 @@ def make_transform(size: int = 0, augment: str = "none") -> v2.Compose:
     steps = []
     if augment == "crop":
         if size == 0:
-            raise AlasaError("--augment crop needs an --image-size above 0")
+            raise AlasaError("--augment crop needs an --image-size; or give d4")
         steps.append(v2.RandomResizedCrop(size, scale=CROP_AREA))
     elif size > 0:
         steps.append(centre_square)  # first, or a thin image would become a huge one
@@ -930,6 +930,9 @@ def load_pretrained(
             # torchvision's file of densenet has "denselayer1.norm.1" for "denselayer1.norm1".
             new_key = re.sub(r"(denselayer\d+\.\w+)\.([12])\.", r"\1\2.", key)
             state[new_key] = state.pop(key)
+        args = content.get("args")
+        if isinstance(args, dict) and args.get("arch", arch) != arch:
+            raise ValueError(f"it was trained with --arch {args['arch']}")
         return state, content.get("classes")
 
 

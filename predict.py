@@ -65,12 +65,13 @@ def default_test_csv(trained_args: Namespace) -> str:
     return os.path.join(folder, name)
 
 
-def read_inputs(
-    args: Namespace, test_csv: str, trained_args: Namespace
-) -> pd.DataFrame:
+def read_inputs(args: Namespace, trained_args: Namespace) -> pd.DataFrame:
     """Return the images to predict, one a row, with labels where there are any."""
     if args.images:
         return read_arguments(args.images)
+    test_csv = args.test_csv or default_test_csv(trained_args)
+    if not os.path.exists(test_csv):
+        raise AlasaError(f"there is no {test_csv}: give --test-csv, or images")
     image_root = trained_args.image_root if args.image_root is None else args.image_root
     frame = alasa.read_rows(
         test_csv,
@@ -170,7 +171,8 @@ def print_report(labels: np.ndarray, logits: Tensor, classes: list[str]) -> None
     pairs = pd.DataFrame({"true": labels, "predicted": predicted})
     wrong = pairs[pairs["true"] != pairs["predicted"]]
     for (true, taken_for), count in wrong.value_counts().head(5).items():
-        print(f"{count} x {classes[true]} taken for {classes[taken_for]}")
+        total = (labels == true).sum()
+        print(f"{classes[true]} taken for {classes[taken_for]}: {count} of {total}")
 
 
 def plot_confusion(
@@ -201,7 +203,7 @@ def plot_roc(ax, labels: np.ndarray, logits: Tensor, classes: list[str]) -> None
     for k in drawn[:MOST_CURVES]:
         fpr, tpr, _ = roc_curve(labels == k, -not_class[:, k])
         ax.plot(fpr, tpr, label=alasa.short_name(classes[k]))
-    title = "ROC of each class against the rest"
+    title = "ROC" if len(classes) == 2 else "ROC of each class against the rest"
     if len(drawn) > MOST_CURVES:
         title += f", the first {MOST_CURVES}"
     ax.set(title=title, xlabel="false positive rate", ylabel="true positive rate")
@@ -232,7 +234,8 @@ def plot_report(
         images.append(np.asarray(image))
         true = alasa.short_name(classes[labels[row]], 16)
         taken_for = alasa.short_name(classes[predicted[row]], 16)
-        titles.append(f"{true}\ntaken for {taken_for}")
+        name = alasa.short_name(os.path.basename(paths[row]))
+        titles.append(f"{name}\n{true}\ntaken for {taken_for}")
     if titles:
         bottom.suptitle("the most wrong images")
         alasa.draw_images(bottom, MOST_WRONG // 2, images, titles)
@@ -245,10 +248,8 @@ def score_predictions(
     """Print and draw the scores of the images whose label is one of the classes."""
     known = frame["label"].isin(classes).to_numpy()
     if not known.all():
-        other = frame["label"][~known].iloc[0]
-        print(
-            f"not scored: {(~known).sum()} images whose label is no class, as {other!r}"
-        )
+        first = frame["label"][~known].iloc[0]
+        print(f"not scored: {(~known).sum()} images, as {first!r} is no class")
     scored = known & logits.isfinite().all(dim=1).numpy()
     if not scored.any():
         return
@@ -268,12 +269,12 @@ def main(args: Namespace) -> pd.DataFrame:
         raise AlasaError("predict.py is one process: start it without torchrun")
     checkpoint = alasa.load_checkpoint(args.checkpoint)
     trained_args, classes = Namespace(**checkpoint["args"]), checkpoint["classes"]
-    test_csv = args.test_csv or default_test_csv(trained_args)
-    frame = read_inputs(args, test_csv, trained_args)
+    frame = read_inputs(args, trained_args)
     picture = f"{os.path.splitext(args.output)[0]}.png"
     outputs = [args.output, picture] if "label" in frame else [args.output]
-    csvs = [test_csv, trained_args.train_csv, trained_args.valid_csv]
-    check_outputs([args.checkpoint, *csvs, *frame["path"]], outputs)
+    inputs = [args.checkpoint, trained_args.train_csv, trained_args.valid_csv]
+    inputs += [args.test_csv or default_test_csv(trained_args), *frame["path"]]
+    check_outputs(inputs, outputs)
 
     logits, errors = predict_logits(frame, checkpoint, args, trained_args)
     table = make_table(frame["image"].tolist(), classes, logits, errors)
@@ -289,6 +290,8 @@ def main(args: Namespace) -> pd.DataFrame:
         print(shown.to_string(index=False))
     if "label" in frame:
         score_predictions(frame, logits, classes, picture)
+    elif os.path.exists(picture):
+        print(f"{picture} is of other predictions: these have no labels")
     return table
 
 

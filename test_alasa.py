@@ -1137,7 +1137,7 @@ def test_predict_is_content_with_blank_and_unknown_labels(reference, capsys):
     checkpoint = ("--checkpoint", reference / "best.pt")
     assert len(run_predict(*checkpoint, "--test-csv", "test.csv")) == 8
     out = capsys.readouterr().out
-    assert "not scored: 2 images whose label is no class, as ''" in out
+    assert "not scored: 2 images, as '' is no class" in out
     logits = np.log(pd.read_csv("predictions.csv")[["p_ant", "p_cat"]].to_numpy()[2:])
     labels = (table["label"][2:] == "cat").to_numpy().astype(int)
     assert alasa.describe(alasa.score(labels, logits)) in out
@@ -1245,7 +1245,7 @@ def test_the_python_blocks_of_readme_run(capsys):
     own_loop = run_block("In Python", 0)
     assert own_loop["row"]["auc"] > 0.5
     assert len(run_block("In Python", 1, "__main__")["table"]) == 300
-    plain = torchvision.models.squeezenet1_1(num_classes=10)
+    plain = torchvision.models.shufflenet_v2_x0_5(num_classes=10)
     plain.load_state_dict(torch.load("mine/best.pt")["model"])
 
 
@@ -1265,7 +1265,8 @@ def test_the_commands_of_readme_run(monkeypatch):
     make_tree("some-folder", "1.jpg")
     make_tree(".", "photo1.jpg", "photo2.jpg")
     shutil.copy("valid.csv", "test.csv")
-    assert run_commands("Your own images", monkeypatch) == 10
+    make_tree("test-images", "3.jpg")
+    assert run_commands("Your own images", monkeypatch) == 11
 
 
 def test_closed_streams_and_a_notebooks_backend_do_no_harm(reference):

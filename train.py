@@ -191,10 +191,11 @@ def load_saved(args: Namespace) -> dict | None:
 
 
 def is_demo(path: str) -> bool:
-    """Tell whether the demo trained this checkpoint."""
+    """Tell whether the demo trained this checkpoint, in the folder of the default."""
     if not os.path.exists(path):
         return False
-    return alasa.load_checkpoint(path)["args"]["train_csv"] == DEMO_CSV
+    args = alasa.load_checkpoint(path)["args"]
+    return args["train_csv"] == DEMO_CSV and args["out"] == "runs"
 
 
 def make_run(
@@ -417,7 +418,7 @@ def plot_history(history: list[dict[str, float]]):
     for axes, (name, columns) in zip(figure.subplots(1, 3), panels):
         axes.plot(log["epoch"], log[columns], marker=".", label=columns)
         axes.set(xlabel="epoch", ylabel=name)
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         axes.legend()
     return figure
 
@@ -505,9 +506,12 @@ def main(args: Namespace, criterion: nn.Module | None = None) -> list[dict]:
                 print0(f"no better {args.monitor} in {stalled} epochs: stopped early")
                 break
             began = time.perf_counter()
-            row = {"epoch": epoch, "lr": optimizer.param_groups[0]["lr"]}
+            frozen = epoch <= args.freeze
+            backbone_group, head_group = optimizer.param_groups
+            trained_group = head_group if frozen else backbone_group
+            row = {"epoch": epoch, "lr": trained_group["lr"]}
             alasa.seed_everything(alasa.stable_hash(args.seed, epoch, alasa.get_rank()))
-            alasa.set_frozen(model, epoch <= args.freeze)
+            alasa.set_frozen(model, frozen)
             with naming_bad_images(train_loader, epoch):
                 row |= alasa.train_one_epoch(
                     model,
