@@ -87,11 +87,13 @@ class AlasaError(Exception):
 
 
 @contextlib.contextmanager
-def explain(what: str) -> Iterator[None]:
-    """Raise any exception within as an AlasaError: "<what>: <why>"."""
+def explain(
+    what: str, kinds: tuple[type[Exception], ...] = (Exception,)
+) -> Iterator[None]:
+    """Raise an exception of these kinds within as an AlasaError: "<what>: <why>"."""
     try:
         yield
-    except Exception as error:
+    except kinds as error:
         why = " ".join(str(error).split()) or type(error).__name__
         raise AlasaError(f"{what}: {why[:300]}") from error
 
@@ -268,6 +270,7 @@ def find_images(folder: str) -> tuple[list[str], list[str]]:
     """Return the paths of a folder's images at any depth, sorted, and those of its other
     files; print which folders are empty."""
     images, others, seen = [], [], set()
+    root = os.path.realpath(folder)
 
     def stop(error: OSError) -> None:
         """Name a folder that cannot be listed, which os.walk would pass in silence."""
@@ -276,18 +279,18 @@ def find_images(folder: str) -> tuple[list[str], list[str]]:
     for place, folders, files in os.walk(folder, onerror=stop, followlinks=True):
         # Twice in one class is a link that leads back; in two classes, a contradiction.
         label = os.path.relpath(place, folder).split(os.sep)[0]
-        key = (label, os.path.realpath(place))
-        if key in seen:
+        real = os.path.realpath(place)
+        is_upwards = place != folder and os.path.commonpath([real, root]) == real
+        if is_upwards or (label, real) in seen:
             folders.clear()
             continue
-        seen.add(key)
+        seen.add((label, real))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        files = sorted(name for name in files if not name.startswith("."))
         if not folders and not files:
             print0(f"left out, as it is empty: {place}")
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(files):
+        for name in files:
             path = os.path.join(place, name)
-            if name.startswith("."):
-                continue
             if name.lower().endswith(IMAGE_EXTENSIONS):
                 images.append(path)
             else:
@@ -334,8 +337,8 @@ def check_labels(frame: pd.DataFrame) -> None:
         place = frame.index[0]
         raise AlasaError(f"{place}: no label; give --label-column, or class folders")
     raise_if_any(
-        f"{place}: the label is empty"
-        for place, label in frame["label"].items()
+        f"{place}: the label of {image!r} is empty"
+        for place, image, label in zip(frame.index, frame["image"], frame["label"])
         if not label.strip()
     )
 
@@ -369,11 +372,13 @@ def check_contradictions(frame: pd.DataFrame, identities: list[str]) -> None:
     """Raise AlasaError if the same image has two labels."""
     first_rows, faults = {}, []
     labels, places = frame["label"].tolist(), frame.index.tolist()
+    paths = frame["path"].tolist()
     for row, identity in enumerate(identities):
         first = first_rows.setdefault(identity, row)
         if labels[row] != labels[first]:
             where = f"{places[first]} and {places[row]}"
-            faults.append(f"{where}: one image, {labels[first]!r} and {labels[row]!r}")
+            both = f"{labels[first]!r} and {labels[row]!r}"
+            faults.append(f"{where}: {paths[row]!r} is one image, {both}")
     raise_if_any(faults)
 
 
@@ -450,13 +455,17 @@ UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+# Chunks of a PNG that may be damaged, as no pixel depends on them.
+PNG_METADATA = {b"tEXt", b"zTXt", b"iTXt", b"iCCP", b"eXIf", b"tIME", b"pHYs"}
+# Colour type and bit depth of a PNG whose transparent colour Pillow takes for another.
+PNG_MISREAD = {(0, 2), (0, 4), (2, 16)}
 
 
 def read_image(path: str) -> Image.Image:
     """Decode an image's first frame or page, upright, as 8-bit RGB.
 
-    16-bit grey levels are divided by 257; transparency is laid over white, unless all is
-    transparent.  Metadata other than the orientation does not matter.  AlasaError if the
+    16-bit grey levels are divided by 257, of other 16-bit colours the high byte is taken.
+    Transparency is laid over white, unless all is transparent.  Metadata other than the orientation does not matter.  AlasaError if the
     image cannot be decoded whole, or if a checksum of a PNG is wrong.
     """
     with explain(f"{path}: not a readable image"):
@@ -481,7 +490,7 @@ def read_image(path: str) -> Image.Image:
 
 def needed_png_chunks(data: bytes) -> bytes:
     """Return a PNG without the chunks that its pixels do not need, such as texts and
-    profiles; ValueError if the checksum of one that they do need is wrong.
+    profiles; ValueError if the checksum of one that they may need is wrong.
 
     Pillow itself checks no checksum of pixels, and refuses some images for their texts.
     """
@@ -496,11 +505,15 @@ def needed_png_chunks(data: bytes) -> bytes:
         chunk = data[start:end]
         kind = chunk[4:8]
         is_whole = zlib.crc32(chunk[4:-4]) == int.from_bytes(chunk[-4:], "big")
-        if kind[:1].isupper() or kind == b"tRNS":  # pixels need these
-            if not is_whole:
-                raise ValueError(f"the checksum of its chunk {kind} is wrong")
-            kept.append(chunk)
-        elif kind == b"eXIf" and is_whole:  # has the orientation
+        if not is_whole and kind not in PNG_METADATA:
+            raise ValueError(f"the checksum of its chunk {kind} is wrong")
+        if kind == b"IHDR":
+            depth, colour = chunk[16], chunk[17]
+        if kind == b"tRNS" and (colour, depth) in PNG_MISREAD:
+            raise ValueError("its transparency is of a kind that Pillow misreads")
+        is_needed = kind[:1].isupper() or kind == b"tRNS"
+        has_orientation = kind == b"eXIf" and is_whole
+        if is_needed or has_orientation:
             kept.append(chunk)
         start = end
     return b"".join(kept)
@@ -920,7 +933,7 @@ def load_pretrained(
         content = torch.load(weights, map_location="cpu", weights_only=True)
         state = content
         for wrapper in ("model", "state_dict", "model_state_dict"):
-            if wrapper in content:
+            if isinstance(content.get(wrapper), dict):
                 state = content[wrapper]
                 break
         # What wrapped the model left its prefix; two may have, in any order.
@@ -1186,11 +1199,14 @@ def infer(
 
 
 def mean_logits(model: nn.Module, images: Tensor, precision: str, views: int) -> Tensor:
-    """Return the mean over the views of the logits of a batch."""
+    """Return the mean over the views of the logits of a batch; AlasaError if the model
+    cannot take such images, which may be too small for it."""
     logits = []
-    for view in range(views):
-        with autocast(images.device, precision):
-            logits.append(model(d4_view(images, view)).float())
+    what = "the model cannot take such images"
+    with explain(what, (RuntimeError, ValueError, AssertionError)):
+        for view in range(views):
+            with autocast(images.device, precision):
+                logits.append(model(d4_view(images, view)).float())
     return torch.stack(logits).mean(dim=0)
 
 
@@ -1356,8 +1372,8 @@ def run_folder(folder: str) -> Iterator[None]:
     has_batch = os.path.exists(f"{folder}/batch.png")
     with explain(f"--out {folder}"):
         os.makedirs(folder, exist_ok=True)
-        check_writable(f"{folder}/.lock")
-    with open(f"{folder}/.lock", "w") as lock:
+        check_writable(f"{folder}/.alasa.lock")
+    with open(f"{folder}/.alasa.lock", "w") as lock:
         take_lock(lock, folder)
         try:
             for name in RUN_FILES:
@@ -1368,7 +1384,7 @@ def run_folder(folder: str) -> Iterator[None]:
         finally:
             if not has_batch and not os.path.exists(f"{folder}/last.pt"):
                 Path(f"{folder}/batch.png").unlink(missing_ok=True)
-            Path(f"{folder}/.lock").unlink(missing_ok=True)
+            Path(f"{folder}/.alasa.lock").unlink(missing_ok=True)
             if is_new and not os.listdir(folder):
                 os.rmdir(folder)
 
@@ -1440,7 +1456,7 @@ def draw_images(
 # ---------------------------------------------------------------- scripts
 
 
-def number(kind: type, least: float, most: float = sys.float_info.max):
+def number(kind: type, least: float, most: float = 2**31 - 1):
     """Return the `type` of an argparse flag that is an int or a float within a range."""
 
     def parse(text: str) -> float:

@@ -246,6 +246,11 @@ def test_every_kind_of_pixel_is_read_right():
     assert (film == np.asarray(Image.open("image").convert("RGB"))).all()
     film = read(rgb, "PNG", save_all=True, append_images=[picture(3)])
     assert (film == np.asarray(rgb)).all()
+    header = struct.pack(">IIBBBBB", 1, 1, 16, 2, 0, 0, 0)  # 16-bit RGB
+    chunks = [png_chunk(b"IHDR", header), png_chunk(b"tRNS", bytes(6))]
+    Path("image").write_bytes(alasa.PNG_SIGNATURE + b"".join(chunks))
+    with refused("transparency is of a kind that Pillow misreads"):
+        alasa.read_image("image")
     for kind in (np.float32, np.int32):
         with refused("not plain 16 bits"):
             read(Image.fromarray(np.full((2, 2), 9, kind)), "TIFF")
@@ -342,6 +347,17 @@ def test_a_flipped_bit_never_changes_the_pixels_of_a_png():
         except alasa.AlasaError:
             caught += 1
     assert caught > 50
+    palette = picture(5).quantize(8)
+    palette.info["transparency"] = 0
+    palette.save("a.png")
+    whole = Path("a.png").read_bytes()
+    for kind in (b"PLTE", b"tRNS", b"IDAT"):
+        for bit in range(8):
+            content = bytearray(whole)
+            content[whole.index(kind)] ^= 1 << bit  # now it may pass for a text
+            Path("a.png").write_bytes(content)
+            with refused("a.png: not a readable image"):
+                alasa.read_image("a.png")
 
 
 # ---------------------------------------------------------------- rows
@@ -408,14 +424,19 @@ def test_a_folder_is_read_as_torchvisions_image_folder_does(capsys):
     assert "label" not in alasa.read_rows("tree/a")
     Path("tree/empty").mkdir()
     Path("tree/a/loop").symlink_to(".")
+    Path("tree/a/up").symlink_to("..")
+    Path("tree/hidden").mkdir()
+    Path("tree/hidden/.DS_Store").touch()
     make_tree("tree", "loose.png")
     frame = alasa.read_rows("tree")
-    assert "left out, as it is empty: tree/empty" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "it is empty: tree/empty" in out and "it is empty: tree/hidden" in out
+    assert len(frame) == 7 and not any("up" in path for path in frame["path"])
     assert frame["label"].tolist().count("") == 1
     assert sum(path.endswith("6.gif") for path in frame["path"]) == 1
     with refused("tree/empty: has no images"):
         alasa.read_rows("tree/empty")
-    with refused("tree: the label is empty"):
+    with refused("tree: the label of 'loose.png' is empty"):
         alasa.check_splits(frame, frame)
 
 
@@ -425,7 +446,7 @@ def test_splits_with_an_undefined_or_flattering_score_are_refused(capsys):
     numbers = [f"{i:+}" for i in range(6, -7, -1)]
     other = train.assign(label=numbers, path="valid 0.png")
     other["path"] = [f"valid {i % 8}.png" for i in range(13)]
-    with refused("valid 0.png.*|line 2 and .*line 10: one image, '\\+6' and '-2'"):
+    with refused("line 10: 'valid 0.png' is one image, '\\+6' and '-2'"):
         alasa.check_splits(train.assign(label=numbers), other)
     missing = r"train.csv line 2: 'nowhere': No such file.*; \.\.\. \(13 in all\)"
     Path("empty").touch()
@@ -436,13 +457,17 @@ def test_splits_with_an_undefined_or_flattering_score_are_refused(capsys):
         (train.assign(label="ant"), valid, "one class only"),
         (train, valid.assign(label="dog"), "valid.csv line 2: no training label is"),
         (train, valid.assign(label="ant"), "no validation label is 'cat'"),
-        (train, valid.assign(label=""), "valid.csv line 2: the label is empty"),
+        (
+            train,
+            valid.assign(label=""),
+            "valid.csv line 2: the label of 'valid 0.png' is",
+        ),
         (train.drop(columns="label"), valid, "no label; give --label-column"),
         (train.assign(path="nowhere"), valid, missing),
         (train, valid.assign(path="empty"), "valid.csv line 2: 'empty' is empty"),
         (train, valid.assign(path="folder"), "'folder' is not a file"),
         (train, valid.assign(path="loop"), "'loop': Too many levels"),
-        (twice, valid, "train.csv line 14 and train.csv line 14: one image, 'ant' and"),
+        (twice, valid, "line 14: 'train 12.png' is one image, 'ant' and 'cat'"),
     ]
     for twin in ("cat ", "c\u200bat", "cat\u2060"):
         odd = train.assign(
@@ -521,6 +546,7 @@ def test_weights_of_other_tools_and_of_other_sizes_are_taken(capsys):
     files = {"a.pt": plain, "b.pt": {"state_dict": wrapped, "epoch": 3}}
     files["d.pt"] = {"model": {f"_orig_mod.{key}": plain[key[7:]] for key in wrapped}}
     files["d.pt"]["args"] = Namespace(lr=1)  # as torchvision's own scripts save
+    files["e.pt"] = {"model": "resnet18", "state_dict": plain}
     files["c.pt"] = {"model": plain, "classes": ["ant", "bee"]}
     for name, content in files.items():
         torch.save(content, name)
@@ -531,6 +557,9 @@ def test_weights_of_other_tools_and_of_other_sizes_are_taken(capsys):
         assert "kept the last layer" in capsys.readouterr().out
     alasa.build_model("resnet18", 2, "c.pt", class_names=["ant", "cat"])
     alasa.build_model("resnet18", 3, "a.pt")
+    torch.save({"model": plain, "args": {"arch": "resnet18"}}, "own.pt")
+    with refused("own.pt: .* trained with --arch resnet18"):
+        alasa.build_model("resnet34", 2, "own.pt")
     assert capsys.readouterr().out.count("the last layer, fc, is new") == 2
 
     torch.save({"net.conv1.weight": torch.zeros(1)}, "odd.pt")
@@ -780,6 +809,7 @@ def test_a_mistake_is_one_line_and_leaves_nothing_behind(monkeypatch, capsys):
         "--workers -1": "out of range",
         "--epochs 0": "out of range",
         "--lr nan": "out of range",
+        "--batch-size 99999999999999999999": "out of range",
         "--label-smoothing 2.0": "out of range",
         "--seed -1": "out of range",
         "--seed 20240101123456789012": "out of range",
@@ -868,10 +898,9 @@ def test_a_users_files_in_the_folder_of_a_run_stay(capsys):
     Path("empty").mkdir()
     for out in ("mine", "empty"):
         with refused("typo.csv: not a readable CSV"):
-            fit(f"--train-csv typo.csv --out {out}")
+            fit(f"--train-csv typo.csv --out {out} --overwrite")
     assert os.listdir("mine") == ["batch.png"] and os.listdir("empty") == []
-    Path("mine/log.csv").touch()
-    with refused(r"mine holds a run \(log.csv\)"):
+    with refused(r"mine holds a run \(batch.png\)"):
         fit("--out mine")
 
 
@@ -991,6 +1020,10 @@ def test_a_run_without_a_finite_score_says_so_and_can_be_resumed(reference, caps
     fit(more)
     fit(f"{more} --resume")
     assert capsys.readouterr().out.count("best: none yet") == 2
+    shutil.copytree(reference, "copied")
+    shutil.copy("copied/best.pt", "copied/last.pt")
+    with refused("copied/last.pt: has no optimizer"):
+        fit("--resume --out copied")
     shutil.copytree(reference, "lost")
     os.remove("lost/best.pt")
     with refused("lost/best.pt: not a checkpoint.*No such file"):
@@ -1238,6 +1271,11 @@ def test_the_demo_runs_as_readme_says():
     assert re.search(r"accuracy 0\.\d+, auc 0\.\d+", done.stdout)
     assert len(pd.read_csv("predictions.csv")) == 300
     fit("--epochs 1")  # any run may replace the demo's
+    Path("digits/valid.csv").write_text("of the user")
+    os.remove("digits/train.csv")
+    with refused("digits/train.csv: not a readable CSV"):  # not the demo
+        fit("--train-csv digits/train.csv --valid-csv digits/valid.csv --out own")
+    assert Path("digits/valid.csv").read_text() == "of the user"
 
 
 def test_the_python_blocks_of_readme_run(capsys):

@@ -47,6 +47,7 @@ MAY_CHANGE = {
     "image_column",
     "label_column",
     "check_images",
+    "demo",
     "workers",
     "device",
     "epochs",
@@ -92,7 +93,8 @@ def add_data_flags(parser: ArgumentParser) -> None:
 
 def add_training_flags(parser: ArgumentParser) -> None:
     """Add how to train."""
-    count, rate, share = number(int, 0), number(float, 0), number(float, 0, 1)
+    count, share = number(int, 0), number(float, 0, 1)
+    rate = number(float, 0, sys.float_info.max)
     at_least_1, at_least_2 = number(int, 1), number(int, 2)
     freeze = {"nargs": "?", "const": ALL_EPOCHS, "metavar": "N"}  # the flag without N
     optimizers, schedules = ["adamw", "sgd"], ["plateau", "cosine"]
@@ -131,13 +133,16 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     parser = make_parser()
     argv = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(argv)
-    if args.train_csv is None and args.valid_csv is None:
+    is_demo = args.train_csv is None and args.valid_csv is None
+    if is_demo:
         argv = DEMO_FLAGS.split() + argv
         args = parser.parse_args(argv)
         print("the demo is this command: python train.py", *argv, flush=True)
     if args.train_csv is None or args.valid_csv is None:
         parser.error("--train-csv and --valid-csv belong together")
 
+    args.demo = is_demo
+    alasa.input_preset(args.arch, args.weights)  # fails unless there is such a model
     pretrained = args.weights != "none"
     if args.freeze is None:
         args.freeze = 1 if pretrained else 0
@@ -165,9 +170,10 @@ def write_digits() -> None:
         Image.fromarray(pixels).save(f"digits/{names[-1]}")
     rows = pd.DataFrame({"image": names, "label": digits.target})
     rows = rows.sample(frac=1, random_state=0)
-    rows[:300].to_csv("digits/test.csv", index=False)
-    rows[300:600].to_csv("digits/valid.csv", index=False)
-    rows[600:].to_csv(DEMO_CSV, index=False)
+    splits = {"test": rows[:300], "valid": rows[300:600], "train": rows[600:]}
+    for split, part in splits.items():
+        with atomic_write(f"digits/{split}.csv") as file:
+            part.to_csv(file, index=False)
 
 
 def load_saved(args: Namespace) -> dict | None:
@@ -178,12 +184,14 @@ def load_saved(args: Namespace) -> dict | None:
     last = f"{args.out}/last.pt"
     if args.resume:
         saved = alasa.load_checkpoint(last)
+        if "optimizer" not in saved:
+            raise AlasaError(f"{last}: has no optimizer, as only best.pt may lack")
         if alasa.best_epoch(saved["history"], args.monitor) > 0:
             # Better to fail now than to end without it.
             alasa.load_checkpoint(f"{args.out}/best.pt")
         return saved
-    names = ("last.pt", "best.pt", "log.csv", "losses.png")
-    found = [name for name in names if os.path.exists(f"{args.out}/{name}")]
+    paths = [Path(args.out, name) for name in alasa.RUN_FILES]
+    found = [path.name for path in paths if path.exists()]
     if found and not args.overwrite and not is_demo(last):
         what = f"{args.out} holds a run ({', '.join(found)})"
         raise AlasaError(f"{what}: --resume, --overwrite, or choose another --out")
@@ -191,11 +199,8 @@ def load_saved(args: Namespace) -> dict | None:
 
 
 def is_demo(path: str) -> bool:
-    """Tell whether the demo trained this checkpoint, in the folder of the default."""
-    if not os.path.exists(path):
-        return False
-    args = alasa.load_checkpoint(path)["args"]
-    return args["train_csv"] == DEMO_CSV and args["out"] == "runs"
+    """Tell whether the demo trained this checkpoint."""
+    return os.path.exists(path) and alasa.load_checkpoint(path)["args"].get("demo")
 
 
 def make_run(
@@ -237,7 +242,7 @@ def check_same_run(saved: dict, run: dict) -> None:
 
 def load_data(args: Namespace) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:
     """Return the rows of both splits, checked, and the names of the classes."""
-    if args.train_csv == DEMO_CSV:
+    if args.demo:
         if alasa.get_rank() == 0 and not os.path.exists(DEMO_CSV):
             write_digits()
         alasa.all_gather(None)  # the others wait
@@ -307,14 +312,11 @@ def make_model(args: Namespace, classes: list[str], saved: dict | None) -> nn.Mo
     )
 
 
-def check_model(model: nn.Module, data: AlasaDataset, precision: str) -> None:
-    """Raise AlasaError if the model cannot take such images."""
-    image, label = data[0]
-    try:
+def check_model(model: nn.Module, datasets: list[AlasaDataset], precision: str) -> None:
+    """Raise AlasaError if the model cannot take the first image of each dataset."""
+    for data in datasets:
+        image, label = data[0]
         alasa.infer(model, [(image[None], label)], precision)
-    except (RuntimeError, ValueError, AssertionError) as error:
-        what = f"the model cannot take such images: {error}"
-        raise AlasaError(what) from error
 
 
 def make_criterion(criterion, args: Namespace, device: torch.device):
@@ -340,6 +342,12 @@ def make_optimizer(model: nn.Module, args: Namespace) -> torch.optim.Optimizer:
         return torch.optim.AdamW(groups, weight_decay=decay, fused=True)
     # Not fused: its momentum would stay uninitialised if fp16 skips the first step.
     return torch.optim.SGD(groups, args.lr, momentum=0.9, weight_decay=decay)
+
+
+def learning_rate(optimizer: torch.optim.Optimizer, frozen: bool) -> float:
+    """Return the backbone's rate, or the last layer's while that alone is trained."""
+    backbone_group, head_group = optimizer.param_groups
+    return head_group["lr"] if frozen else backbone_group["lr"]
 
 
 def cosine_factor(step: int, steps: int) -> float:
@@ -424,7 +432,8 @@ def plot_history(history: list[dict[str, float]]):
 
 
 def save_epoch(run: dict, parts: dict) -> None:
-    """Write the files of the run; after its first epoch, delete a former run's.
+    """Write the files of the run; in its first epoch, delete a former run's checkpoints, as
+    soon as there is room for the new ones.
 
     last.pt is written last: an epoch that was not saved whole is trained again.
     """
@@ -432,13 +441,15 @@ def save_epoch(run: dict, parts: dict) -> None:
         return
     history, out = run["history"], run["args"]["out"]
     states = {name: part.state_dict() for name, part in parts.items()}
-    if len(history) == 1:
-        Path(out, "last.pt").unlink(missing_ok=True)
-        Path(out, "best.pt").unlink(missing_ok=True)
     is_best = alasa.best_epoch(history, run["args"]["monitor"]) == len(history)
     if is_best:
         with atomic_write(f"{out}/best.pt") as file:
             torch.save(run | {"model": states["model"]}, file)
+            if len(history) == 1:
+                Path(out, "last.pt").unlink(missing_ok=True)
+    elif len(history) == 1:
+        Path(out, "last.pt").unlink(missing_ok=True)
+        Path(out, "best.pt").unlink(missing_ok=True)
     with atomic_write(f"{out}/log.csv") as file:
         pd.DataFrame(history).to_csv(file, index=False, float_format="%.6g")
     with atomic_write(f"{out}/losses.png") as file:
@@ -479,7 +490,7 @@ def main(args: Namespace, criterion: nn.Module | None = None) -> list[dict]:
         valid_batches = alasa.begin_pass(valid_loader, first)
 
         model = make_model(args, classes, saved).to(device)
-        check_model(model, valid_set, precision)
+        check_model(model, [train_set, valid_set], precision)
         criterion = make_criterion(criterion, args, device)
         optimizer = make_optimizer(model, args)
         scheduler = make_scheduler(optimizer, args, len(train_loader))
@@ -507,9 +518,7 @@ def main(args: Namespace, criterion: nn.Module | None = None) -> list[dict]:
                 break
             began = time.perf_counter()
             frozen = epoch <= args.freeze
-            backbone_group, head_group = optimizer.param_groups
-            trained_group = head_group if frozen else backbone_group
-            row = {"epoch": epoch, "lr": trained_group["lr"]}
+            row = {"epoch": epoch, "lr": learning_rate(optimizer, frozen)}
             alasa.seed_everything(alasa.stable_hash(args.seed, epoch, alasa.get_rank()))
             alasa.set_frozen(model, frozen)
             with naming_bad_images(train_loader, epoch):
