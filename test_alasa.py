@@ -1048,7 +1048,7 @@ def limited(size: int, more: str) -> None:
 def test_a_full_disk_is_one_line_and_leaves_old_files_whole(reference, capfd):
     shutil.copytree(reference, "runs")
     before = contents("runs")
-    for more in ("--resume --epochs 4", "--out new"):
+    for more in ("--resume --epochs 4", "--out new", "--overwrite"):
         assert fork(limited, 500_000, more) == 2
         fault = "error: .*/(last|best).pt: cannot be written: .*too large\n"
         assert re.fullmatch(fault, capfd.readouterr().err)

@@ -445,7 +445,7 @@ def save_epoch(run: dict, parts: dict) -> None:
     if is_best:
         with atomic_write(f"{out}/best.pt") as file:
             torch.save(run | {"model": states["model"]}, file)
-            if len(history) == 1:
+            if len(history) == 1:  # a former last.pt must not go on beside this best.pt
                 Path(out, "last.pt").unlink(missing_ok=True)
     elif len(history) == 1:
         Path(out, "last.pt").unlink(missing_ok=True)
