@@ -225,9 +225,11 @@ def read_cells(path: str) -> tuple[list[str], dict[int, list[str]]]:
             reader = csv.reader(file, strict=True)
             header = [name.strip() for name in next(reader, [])]
             rows = {}
+            line = reader.line_num + 1  # the first of a row's, if a cell has several
             for cells in reader:
                 if cells:  # not an empty line
-                    rows[reader.line_num] = cells
+                    rows[line] = cells
+                line = reader.line_num + 1
     finally:
         csv.field_size_limit(old_limit)
     return header, rows
@@ -276,11 +278,12 @@ def find_images(folder: str) -> tuple[list[str], list[str]]:
         """Name a folder that cannot be listed, which os.walk would pass in silence."""
         raise AlasaError(f"{folder}: {error}")
 
-    for place, folders, files in os.walk(folder, onerror=stop, followlinks=True):
-        # Twice in one class is a link that leads back; in two classes, a contradiction.
-        label = os.path.relpath(place, folder).split(os.sep)[0]
-        real = os.path.realpath(place)
-        is_upwards = place != folder and os.path.commonpath([real, root]) == real
+    for parent, folders, files in os.walk(folder, onerror=stop, followlinks=True):
+        # Twice in one class is a link that leads back.  In two classes, it is taken twice,
+        # and `check_contradictions` will say so.
+        label = os.path.relpath(parent, folder).split(os.sep)[0]
+        real = os.path.realpath(parent)
+        is_upwards = parent != folder and os.path.commonpath([real, root]) == real
         if is_upwards or (label, real) in seen:
             folders.clear()
             continue
@@ -288,9 +291,9 @@ def find_images(folder: str) -> tuple[list[str], list[str]]:
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         files = sorted(name for name in files if not name.startswith("."))
         if not folders and not files:
-            print0(f"left out, as it is empty: {place}")
+            print0(f"left out, as it is empty: {parent}")
         for name in files:
-            path = os.path.join(place, name)
+            path = os.path.join(parent, name)
             if name.lower().endswith(IMAGE_EXTENSIONS):
                 images.append(path)
             else:
@@ -300,7 +303,7 @@ def find_images(folder: str) -> tuple[list[str], list[str]]:
 
 def find_classes(labels: Iterable[str]) -> list[str]:
     """Return the distinct labels, sorted; as numbers if all are integers."""
-    classes = sorted(set(labels))
+    classes = sorted(set(labels))  # as text, so that "1" and "01" have an order
     try:
         return sorted(classes, key=int)
     except ValueError:
@@ -494,6 +497,8 @@ def needed_png_chunks(data: bytes) -> bytes:
 
     Pillow itself checks no checksum of pixels, and refuses some images for their texts.
     """
+    # A chunk is its length (4 bytes), kind (4), content, and checksum (4); the first is
+    # IHDR: width (4), height (4), bit depth, colour type.
     kept = [PNG_SIGNATURE]
     start = len(PNG_SIGNATURE)
     kind = b""
@@ -931,6 +936,9 @@ def load_pretrained(
     what = f"--weights {weights}: not a file of weights nor of {list(known)}"
     with explain(what), torch.serialization.safe_globals([Namespace]):
         content = torch.load(weights, map_location="cpu", weights_only=True)
+        args, trained_classes = content.get("args"), content.get("classes")
+        if isinstance(args, dict) and args.get("arch", arch) != arch:
+            raise ValueError(f"it was trained with --arch {args['arch']}")
         state = content
         for wrapper in ("model", "state_dict", "model_state_dict"):
             if isinstance(content.get(wrapper), dict):
@@ -943,10 +951,7 @@ def load_pretrained(
             # torchvision's file of densenet has "denselayer1.norm.1" for "denselayer1.norm1".
             new_key = re.sub(r"(denselayer\d+\.\w+)\.([12])\.", r"\1\2.", key)
             state[new_key] = state.pop(key)
-        args = content.get("args")
-        if isinstance(args, dict) and args.get("arch", arch) != arch:
-            raise ValueError(f"it was trained with --arch {args['arch']}")
-        return state, content.get("classes")
+        return state, trained_classes
 
 
 def load_state(model: nn.Module, state: dict[str, Tensor], same_classes: bool) -> None:
@@ -1071,9 +1076,11 @@ def choose_precision(name: str, device: torch.device) -> str:
             return "bf16"
         if capability >= (7, 0):
             return "fp16"
-    # Before torch 2.8, nothing is known of the processor.
-    cpu_capabilities = getattr(torch.cpu, "get_capabilities", dict)()
-    if device.type == "cpu" and cpu_capabilities.get("avx512_bf16"):
+    if (
+        device.type == "cpu"
+        and hasattr(torch.cpu, "get_capabilities")  # since torch 2.8
+        and torch.cpu.get_capabilities().get("avx512_bf16")
+    ):
         return "bf16"
     return "fp32"
 
@@ -1095,7 +1102,8 @@ def set_training_mode(model: nn.Module, keep_batch_norm: bool) -> None:
     """
     head = find_head(model)
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
-    model.train(not all(name.startswith(f"{head}.") for name in trained))
+    head_alone = all(name.startswith(f"{head}.") for name in trained)
+    model.train(not head_alone)
     if keep_batch_norm:
         for layer in model.modules():
             if isinstance(layer, nn.BatchNorm2d):
@@ -1245,7 +1253,7 @@ def score(labels: Tensor, logits: Tensor) -> dict[str, float]:
     not_class = log_odds_not_class(logits)
     if present.all():
         aucs = []
-        for k in range(classes):
+        for k in range(classes):  # "not k" against k has the same AUC
             aucs.append(weighted_auc(labels != k, not_class[:, k], doubled_below=0))
         scores["auc"] = float(np.mean(aucs))
     if present[0] and present[1:].any():
@@ -1382,9 +1390,11 @@ def run_folder(folder: str) -> Iterator[None]:
                     part.unlink()  # of a run that was killed
             yield
         finally:
+            # batch.png alone is written before an epoch ends.
             if not has_batch and not os.path.exists(f"{folder}/last.pt"):
                 Path(f"{folder}/batch.png").unlink(missing_ok=True)
-            Path(f"{folder}/.alasa.lock").unlink(missing_ok=True)
+            with contextlib.suppress(PermissionError):  # of Windows, as it is open
+                Path(f"{folder}/.alasa.lock").unlink(missing_ok=True)
             if is_new and not os.listdir(folder):
                 os.rmdir(folder)
 

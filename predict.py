@@ -272,8 +272,8 @@ def main(args: Namespace) -> pd.DataFrame:
     frame = read_inputs(args, trained_args)
     picture = f"{os.path.splitext(args.output)[0]}.png"
     outputs = [args.output, picture] if "label" in frame else [args.output]
-    run = os.path.dirname(args.checkpoint)
-    inputs = [os.path.join(run, name) for name in alasa.RUN_FILES]
+    run_folder = os.path.dirname(args.checkpoint)
+    inputs = [os.path.join(run_folder, name) for name in alasa.RUN_FILES]
     inputs += [args.checkpoint, trained_args.train_csv, trained_args.valid_csv]
     inputs += [args.test_csv or default_test_csv(trained_args), *frame["path"]]
     check_outputs(inputs, outputs)

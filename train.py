@@ -192,13 +192,13 @@ def load_saved(args: Namespace) -> dict | None:
         return saved
     paths = [Path(args.out, name) for name in alasa.RUN_FILES]
     found = [path.name for path in paths if path.exists()]
-    if found and not args.overwrite and not is_demo(last):
+    if found and not args.overwrite and not is_demo_run(last):
         what = f"{args.out} holds a run ({', '.join(found)})"
         raise AlasaError(f"{what}: --resume, --overwrite, or choose another --out")
     return None
 
 
-def is_demo(path: str) -> bool:
+def is_demo_run(path: str) -> bool:
     """Tell whether the demo trained this checkpoint."""
     return os.path.exists(path) and alasa.load_checkpoint(path)["args"].get("demo")
 
@@ -316,7 +316,7 @@ def check_model(model: nn.Module, datasets: list[AlasaDataset], precision: str) 
     """Raise AlasaError if the model cannot take the first image of each dataset."""
     for data in datasets:
         image, label = data[0]
-        alasa.infer(model, [(image[None], label)], precision)
+        alasa.infer(model, [(image[None], [label])], precision)
 
 
 def make_criterion(criterion, args: Namespace, device: torch.device):
@@ -375,7 +375,7 @@ def naming_bad_images(loader: DataLoader, epoch: int) -> Iterator[None]:
     except alasa.BadLoss as error:
         data = loader.dataset
         items = list(loader.batch_sampler)[error.step - 1]
-        images = ", ".join(data.paths[data.rows[item]] for item in items)
+        images = ", ".join(data.paths[int(data.rows[item])] for item in items)
         advice = "start again with lower rates, from --weights best.pt or none"
         what = f"epoch {epoch}: {error}, of {images}; {advice}"
         raise AlasaError(what) from error
@@ -395,7 +395,8 @@ def print_chance(criterion, train: AlasaDataset, valid: AlasaDataset, device) ->
     logits = frequencies.log().expand(len(valid), -1)
     labels = torch.tensor(valid.labels)
     loss = alasa.total_loss(criterion, logits, labels, device)
-    print0(f"chance: {alasa.describe({'loss': loss} | alasa.score(labels, logits))}")
+    scores = {"loss": loss} | alasa.score(labels, logits)
+    print0(f"chance: {alasa.describe(scores)}")
 
 
 def save_batch(loader: DataLoader, classes: list[str], out: str) -> None:
@@ -480,7 +481,7 @@ def main(args: Namespace, criterion: nn.Module | None = None) -> list[dict]:
         alasa.seed_everything(args.seed)
         train, valid, classes = load_data(args)
         run = make_run(args, precision, train, valid, classes, saved)
-        history = run["history"]
+        history = run["history"]  # what is appended to it is saved
         first = len(history) + 1
 
         train_set, valid_set = make_datasets(train, valid, classes, args)
@@ -512,6 +513,7 @@ def main(args: Namespace, criterion: nn.Module | None = None) -> list[dict]:
             save_batch(train_loader, classes, args.out)
 
         for epoch in range(first, args.epochs + 1):
+            # Before the epoch, as a resumed run may have stalled already.
             stalled = len(history) - alasa.best_epoch(history, args.monitor)
             if 0 < args.early_stop <= stalled:
                 print0(f"no better {args.monitor} in {stalled} epochs: stopped early")
