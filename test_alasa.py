@@ -40,6 +40,7 @@ HERE = Path(__file__).parent
 TINY = "--train-csv train.csv --valid-csv valid.csv --arch squeezenet1_1 --weights none"
 TINY += " --image-size 32 --batch-size 4 --epochs 2 --workers 0 --precision fp32"
 os.environ["OMP_NUM_THREADS"] = "1"  # of the scripts
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # CUDA does not survive a fork
 torch.set_num_threads(1)
 
 
