@@ -1470,6 +1470,7 @@ def number(kind: type, least: float, most: float = 2**31 - 1):
     """Return the `type` of an argparse flag that is an int or a float within a range."""
 
     def parse(text: str) -> float:
+        """Return the number; argparse tells its user of a ValueError in one line."""
         value = kind(text)
         if not least <= value <= most:  # nor is NaN
             raise ArgumentTypeError(f"{value} is out of range")

@@ -367,6 +367,13 @@ def make_scheduler(optimizer: torch.optim.Optimizer, args: Namespace, steps: int
     return ReduceLROnPlateau(optimizer, "max", factor=0.5, patience=2, threshold=0)
 
 
+def load_states(states: dict, saved: dict | None) -> None:
+    """Give each the state that it had in the run to be resumed, if there is one."""
+    if saved:
+        for name, part in states.items():
+            part.load_state_dict(saved[name])
+
+
 @contextlib.contextmanager
 def naming_bad_images(loader: DataLoader, epoch: int) -> Iterator[None]:
     """Name the epoch and the images of a loss that is not finite."""
@@ -496,11 +503,8 @@ def main(args: Namespace, criterion: nn.Module | None = None) -> list[dict]:
         optimizer = make_optimizer(model, args)
         scheduler = make_scheduler(optimizer, args, len(train_loader))
         scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-        parts = {"model": model, "optimizer": optimizer}
-        parts |= {"scheduler": scheduler, "scaler": scaler}
-        if saved:
-            for name in ("optimizer", "scheduler", "scaler"):
-                parts[name].load_state_dict(saved[name])
+        states = {"optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
+        load_states(states, saved)
         run |= {"mean": model.mean, "std": model.std}
         if args.compile:
             # Not dynamic, as it would adapt to steps that a resumed run has not seen.
@@ -542,10 +546,9 @@ def main(args: Namespace, criterion: nn.Module | None = None) -> list[dict]:
             row["images_per_second"] = (len(train) + len(valid)) / row["seconds"]
             history.append(row)
             if args.schedule == "plateau":
-                # Not the score but the number of the best epoch, so that of equal scores a
-                # lower loss is progress too.
+                # The best epoch's number, as of equal scores a lower loss is progress.
                 scheduler.step(alasa.best_epoch(history, args.monitor))
-            save_epoch(run, parts)
+            save_epoch(run, {"model": model} | states)
             print0(alasa.describe(row))
             if epoch == 1:
                 warn_of_flat_images(train_set)
