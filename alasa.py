@@ -580,9 +580,9 @@ def d4_view(image: Tensor, view: int) -> Tensor:
     return image
 
 
-def centre_square(image: Image.Image) -> Image.Image:
-    """Return the largest square in the middle of an image."""
-    return v2.functional.center_crop(image, [min(image.size)])
+def centre_square(image: Tensor) -> Tensor:
+    """Return the largest square in the middle of an image [..., H, W]."""
+    return v2.functional.center_crop(image, [min(image.shape[-2:])])
 
 
 def make_transform(size: int = 0, augment: str = "none") -> v2.Compose:
@@ -591,7 +591,7 @@ def make_transform(size: int = 0, augment: str = "none") -> v2.Compose:
     `augment`, one of VIEWS, is what training draws at random; "crop" is a random resized
     crop, mirrored or not.
     """
-    steps = []
+    steps = [v2.PILToTensor()]  # first, as torch resizes faster than Pillow
     if augment == "crop":
         if size == 0:
             raise AlasaError("--augment crop needs an --image-size; or give d4")
@@ -599,7 +599,6 @@ def make_transform(size: int = 0, augment: str = "none") -> v2.Compose:
     elif size > 0:
         steps.append(centre_square)  # first, or a thin image would become a huge one
         steps.append(v2.Resize([size, size]))
-    steps.append(v2.PILToTensor())
     if augment != "none":
         views = [partial(d4_view, view=view) for view in range(VIEWS[augment])]
         steps.append(v2.RandomChoice(views))
