@@ -14,6 +14,7 @@ import contextlib
 import copy
 import csv
 import ctypes
+import gc
 import hashlib
 import io
 import itertools
@@ -1520,6 +1521,7 @@ def tune_process() -> None:
     warnings.filterwarnings("ignore", module="PIL")
     warnings.filterwarnings("ignore", message="Glyph .* missing")
     for name in ("stdout", "stderr"):
+    gc.freeze()  # else each collection copies the memory that forked workers share
         if getattr(sys, name) is None:  # the caller closed it
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     if hasattr(sys.stdout, "reconfigure"):  # a notebook's has it not
