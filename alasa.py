@@ -716,28 +716,34 @@ class TolerantDataset(AlasaDataset):
         return stacked, errors
 
 
-def start_worker(_: int) -> None:
-    """Ignore Ctrl-C, which the main process handles, and warnings of damaged metadata."""
+def start_worker(_: int, gives_way: bool) -> None:
+    """Ignore Ctrl-C, which the main process handles, and warnings of damaged metadata.
+
+    If it gives way, it decodes when the model leaves processors idle.  Else each thread of
+    the model would wait for the one whose processor it takes: twice as long as it works.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     warnings.filterwarnings("ignore", module="PIL")
+    if gives_way and hasattr(os, "nice"):  # Windows has none
+        os.nice(19)
 
 
 def count_workers() -> int:
-    """Return how many workers may decode images of each split: half of the processors, at
-    most 8; where a GPU does the rest, all but one, at most 16."""
+    """Return how many workers may decode images of each split: all processors, at most 8;
+    where a GPU does the rest, all but one, at most 16."""
     processors = os.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):  # a container may have fewer than the machine
         processors = len(os.sched_getaffinity(0))
     processors //= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # of torchrun
     if torch.cuda.is_available():
         return min(16, max(0, processors - 1))
-    return min(8, processors // 2)
+    return min(8, processors)
 
 
 def make_loader(
-    data: AlasaDataset, batch_size: int, workers: int = 0, pin_memory: bool = False
+    data: AlasaDataset, batch_size: int, workers: int = 0, for_gpu: bool = False
 ) -> DataLoader:
-    """Return the batches of this process.
+    """Return the batches of this process, for a model on the CPU or on a GPU.
 
     Training: its share of each shuffled batch.  Else: every world-th batch, whole, as the
     size of a batch moves the last bits of its logits, which are to be the same for any
@@ -760,9 +766,9 @@ def make_loader(
         batch_sampler=batches,
         num_workers=workers,
         persistent_workers=workers > 0,
-        pin_memory=pin_memory,
+        pin_memory=for_gpu,
         collate_fn=data.collate,
-        worker_init_fn=start_worker,
+        worker_init_fn=partial(start_worker, gives_way=not for_gpu),
         generator=torch.Generator(),  # else each pass would draw from the global one
     )
 
@@ -1515,13 +1521,13 @@ def tune_process() -> None:
         ctypes.CDLL(None).mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
     # Weights that die out become so small that a processor takes 25 times as long for them.
     torch.set_flush_denormal(True)
+    gc.freeze()  # else each collection copies the memory that forked workers share
     os.environ["MPLBACKEND"] = "agg"  # a notebook's may not be installed
     pd.options.mode.string_storage = "python"  # Arrow cannot hold every file name
     # Pillow warns of damaged metadata, Matplotlib of letters that its font lacks.
     warnings.filterwarnings("ignore", module="PIL")
     warnings.filterwarnings("ignore", message="Glyph .* missing")
     for name in ("stdout", "stderr"):
-    gc.freeze()  # else each collection copies the memory that forked workers share
         if getattr(sys, name) is None:  # the caller closed it
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     if hasattr(sys.stdout, "reconfigure"):  # a notebook's has it not

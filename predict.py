@@ -120,7 +120,8 @@ def predict_logits(
     precision = alasa.choose_precision(args.precision or trained_args.precision, device)
     data = alasa.TolerantDataset(frame, alasa.make_transform(trained_args.image_size))
     batch_size = args.batch_size or trained_args.batch_size
-    loader = alasa.make_loader(data, batch_size, args.workers)
+    for_gpu = device.type == "cuda"
+    loader = alasa.make_loader(data, batch_size, args.workers, for_gpu)
     batches = iter(loader)  # forks the workers, before the model makes the heap grow
     with alasa.preserved_globals():
         alasa.seed_everything(trained_args.seed)

@@ -287,9 +287,9 @@ def make_loaders(
     world = alasa.get_world_size()
     if size < 2 * world:
         raise AlasaError(f"--batch-size: each of {world} processes needs 2 images")
-    pin = device.type == "cuda"
-    train_loader = alasa.make_loader(train_set, size, workers, pin_memory=pin)
-    valid_loader = alasa.make_loader(valid_set, size, workers, pin_memory=pin)
+    for_gpu = device.type == "cuda"
+    train_loader = alasa.make_loader(train_set, size, workers, for_gpu)
+    valid_loader = alasa.make_loader(valid_set, size, workers, for_gpu)
     used = sum(len(items) for items in train_loader.batch_sampler) * world
     if used == 0:
         raise AlasaError(f"{len(train_set)} training images are too few to train on")
