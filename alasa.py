@@ -469,8 +469,9 @@ def read_image(path: str) -> Image.Image:
     """Decode an image's first frame or page, upright, as 8-bit RGB.
 
     16-bit grey levels are divided by 257, of other 16-bit colours the high byte is taken.
-    Transparency is laid over white, unless all is transparent.  Metadata other than the orientation does not matter.  AlasaError if the
-    image cannot be decoded whole, or if a checksum of a PNG is wrong.
+    Transparency is laid over white, unless all is transparent.  Metadata other than the
+    orientation does not matter.  AlasaError if the image cannot be decoded whole, or if a
+    checksum of a PNG is wrong.
     """
     with explain(f"{path}: not a readable image"):
         if not stat.S_ISREG(os.stat(path).st_mode):
@@ -1486,11 +1487,12 @@ def number(kind: type, least: float, most: float = 2**31 - 1):
     return parse
 
 
+NEED_LESS_MEMORY = "give a lower --batch-size or --image-size"
 ADVICE = {
-    "out of memory": "give a lower --batch-size or --image-size",
-    "ALLOC_FAILED": "give a lower --batch-size or --image-size",
-    "MemoryError": "give a lower --batch-size or --image-size",
-    "can't allocate memory": "give a lower --batch-size or --image-size",
+    "out of memory": NEED_LESS_MEMORY,
+    "ALLOC_FAILED": NEED_LESS_MEMORY,
+    "MemoryError": NEED_LESS_MEMORY,
+    "can't allocate memory": NEED_LESS_MEMORY,
     "DataLoader worker (pid": "a worker was lost, try --workers 0",
     "file </torch_": "no room for shared memory, try --workers 0",
     "Too many open files": "try --workers 0",

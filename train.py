@@ -246,9 +246,9 @@ def load_data(args: Namespace) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:
         if alasa.get_rank() == 0 and not os.path.exists(DEMO_CSV):
             write_digits()
         alasa.all_gather(None)  # the others wait
-    columns = {"image_column": args.image_column, "label_column": args.label_column}
-    train = alasa.read_rows(args.train_csv, image_root=args.image_root, **columns)
-    valid = alasa.read_rows(args.valid_csv, image_root=args.image_root, **columns)
+    columns = args.image_column, args.label_column, args.image_root
+    train = alasa.read_rows(args.train_csv, *columns)
+    valid = alasa.read_rows(args.valid_csv, *columns)
     classes = alasa.check_splits(train, valid, args.monitor)
     counts = pd.DataFrame(index=classes)
     counts["train"] = train["label"].value_counts()
