@@ -253,8 +253,8 @@ def find_column(path: str, header: list[str], column: str) -> int:
 def read_folder(folder: str) -> pd.DataFrame:
     """Return the images of a folder as `read_csv` does: `image` is relative to the folder.
 
-    Images in folders of their own, at any depth, have that folder's name for a label, as in
-    torchvision's ImageFolder.  Hidden files are skipped silently, others are reported.
+    The label of an image, at any depth, is the name of the topmost folder below this one,
+    as in torchvision's ImageFolder.  Hidden files are skipped silently, others are reported.
     """
     images, others = find_images(folder)
     if others:
@@ -284,8 +284,9 @@ def find_images(folder: str) -> tuple[list[str], list[str]]:
         # and `check_contradictions` will say so.
         label = os.path.relpath(parent, folder).split(os.sep)[0]
         real = os.path.realpath(parent)
-        is_upwards = parent != folder and os.path.commonpath([real, root]) == real
-        if is_upwards or (label, real) in seen:
+        # A link to the root, or to a folder above it.
+        leads_back = parent != folder and Path(root).is_relative_to(real)
+        if leads_back or (label, real) in seen:
             folders.clear()
             continue
         seen.add((label, real))
@@ -374,15 +375,13 @@ def visible_part(label: str) -> str:
 
 def check_contradictions(frame: pd.DataFrame, identities: list[str]) -> None:
     """Raise AlasaError if the same image has two labels."""
-    first_rows, faults = {}, []
-    labels, places = frame["label"].tolist(), frame.index.tolist()
-    paths = frame["path"].tolist()
-    for row, identity in enumerate(identities):
-        first = first_rows.setdefault(identity, row)
-        if labels[row] != labels[first]:
-            where = f"{places[first]} and {places[row]}"
-            both = f"{labels[first]!r} and {labels[row]!r}"
-            faults.append(f"{where}: {paths[row]!r} is one image, {both}")
+    seen, faults = {}, []
+    rows = zip(identities, frame.index, frame["path"], frame["label"])
+    for identity, place, path, label in rows:
+        first_place, first_label = seen.setdefault(identity, (place, label))
+        if label != first_label:
+            both = f"{first_label!r} and {label!r}"
+            faults.append(f"{first_place} and {place}: {path!r} is one image, {both}")
     raise_if_any(faults)
 
 
@@ -426,11 +425,12 @@ def check_splits(
         if label not in train_labels
     )
     absent = find_classes(train_labels - valid_labels)
-    if monitor == "auc":
-        advice = "the AUC would be undefined; --monitor accuracy does not need it"
-        raise_if_any(f"no validation label is {label!r}: {advice}" for label in absent)
-    elif absent:
-        print0(f"the AUC is undefined: no validation label is {absent[0]!r}")
+    if absent:
+        names = ", ".join(map(repr, absent[:10]))
+        what = f"no validation label is {names}: the AUC is undefined"
+        if monitor == "auc":
+            raise AlasaError(f"{what}; --monitor accuracy does not need it")
+        print0(what)
     has_negatives = classes[0] in valid_labels
     has_positives = len(valid_labels - {classes[0]}) > 0
     if monitor == "wauc" and not (has_negatives and has_positives):
@@ -459,10 +459,12 @@ UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-# Chunks of a PNG that may be damaged, as no pixel depends on them.
+# Chunks of a PNG that may be damaged.  Any other kind may not, even if it is not needed: it
+# may be pixels, whose kind is what is damaged.
 PNG_METADATA = {b"tEXt", b"zTXt", b"iTXt", b"iCCP", b"eXIf", b"tIME", b"pHYs"}
-# Colour type and bit depth of a PNG whose transparent colour Pillow takes for another.
-PNG_MISREAD = {(0, 2), (0, 4), (2, 16)}
+# Bit depth and colour type, bytes 24 and 25, of a PNG whose transparent colour Pillow takes
+# for another.
+PNG_MISREAD = {(2, 0), (4, 0), (16, 2)}
 
 
 def read_image(path: str) -> Image.Image:
@@ -499,8 +501,7 @@ def needed_png_chunks(data: bytes) -> bytes:
 
     Pillow itself checks no checksum of pixels, and refuses some images for their texts.
     """
-    # A chunk is its length (4 bytes), kind (4), content, and checksum (4); the first is
-    # IHDR: width (4), height (4), bit depth, colour type.
+    # A chunk is its length (4 bytes), kind (4), content, and checksum (4).
     kept = [PNG_SIGNATURE]
     start = len(PNG_SIGNATURE)
     kind = b""
@@ -514,9 +515,7 @@ def needed_png_chunks(data: bytes) -> bytes:
         is_whole = zlib.crc32(chunk[4:-4]) == int.from_bytes(chunk[-4:], "big")
         if not is_whole and kind not in PNG_METADATA:
             raise ValueError(f"the checksum of its chunk {kind} is wrong")
-        if kind == b"IHDR":
-            depth, colour = chunk[16], chunk[17]
-        if kind == b"tRNS" and (colour, depth) in PNG_MISREAD:
+        if kind == b"tRNS" and tuple(data[24:26]) in PNG_MISREAD:
             raise ValueError("its transparency is of a kind that Pillow misreads")
         is_needed = kind[:1].isupper() or kind == b"tRNS"
         has_orientation = kind == b"eXIf" and is_whole
@@ -858,7 +857,6 @@ def build_model(
     arch: str,
     num_classes: int,
     weights: str = "DEFAULT",
-    freeze: bool = False,
     full_res_stem: bool = False,
     image_size: int = 0,
     class_names: list[str] | None = None,
@@ -870,9 +868,9 @@ def build_model(
 
     `weights` is a name of torchvision's, a file, or "none".  A last layer of the right shape
     is kept if its classes are `class_names`, or if a file does not tell them.
-    `freeze` leaves only the last layer trainable.  `full_res_stem` sets the stride of the
-    first convolution, and of pooling right behind it, to 1, so that the stem keeps every
-    pixel.  `image_size` is for vision transformers, which are made for one size.
+    `full_res_stem` sets the stride of the first convolution, and of pooling right behind it,
+    to 1, so that the stem keeps every pixel.  `image_size` is for vision transformers, which
+    are made for one size.
     """
     preset = input_preset(arch, weights)
     options = {"num_classes": num_classes}
@@ -889,8 +887,6 @@ def build_model(
             load_state(model, state, same_classes)
     stem = next(layer for layer in model.modules() if isinstance(layer, nn.Conv2d))
     stem.__class__ = Float32Conv2d  # same weights, same names, another forward
-    if freeze:
-        set_frozen(model, True)
     model.mean, model.std = list(preset.mean), list(preset.std)
     model.register_forward_pre_hook(normalise_input)
     return model.to(memory_format=torch.channels_last)
@@ -1205,12 +1201,13 @@ def infer(
     began = time.monotonic()
     for step, (images, extras) in enumerate(batches, start=1):
         all_extras.append(copy.deepcopy(extras))  # a worker's tensor holds a file open
+        batch_logits = torch.empty(0)  # of no image: it keeps the batch's place
         if len(images) > 0:
             images = images.to(device, non_blocking=True)
-            all_logits.append(mean_logits(model, images, precision, views).cpu())
+            batch_logits = mean_logits(model, images, precision, views).cpu()
+        all_logits.append(batch_logits)
         show_progress("evaluation", step, len(batches), began)
-    logits = gather_batches(all_logits)
-    return torch.cat(logits) if logits else torch.empty(0), gather_batches(all_extras)
+    return torch.cat(gather_batches(all_logits)), gather_batches(all_extras)
 
 
 def mean_logits(model: nn.Module, images: Tensor, precision: str, views: int) -> Tensor:
@@ -1280,11 +1277,11 @@ def log_odds_not_class(logits: np.ndarray) -> np.ndarray:
     P(not class k) is the sum over the classes before k and over those after it, which the
     running sums from both ends hold.  A sum of all less class k would lose its digits.
     """
-    none = np.full((len(logits), 1), -np.inf)
+    log_0 = np.full((len(logits), 1), -np.inf)  # of no class at all
     up_to = np.logaddexp.accumulate(logits, axis=1)
     from_on = np.logaddexp.accumulate(logits[:, ::-1], axis=1)[:, ::-1]
-    before = np.hstack([none, up_to[:, :-1]])
-    after = np.hstack([from_on[:, 1:], none])
+    before = np.hstack([log_0, up_to[:, :-1]])
+    after = np.hstack([from_on[:, 1:], log_0])
     return np.logaddexp(before, after) - logits
 
 
@@ -1378,7 +1375,7 @@ def run_folder(folder: str) -> Iterator[None]:
     """Keep the folder of a run for this process alone, until the block ends or it dies.
 
     AlasaError if another run is writing there, or if a file of a run cannot be written.
-    Where no epoch was saved, nothing is left behind.
+    Where no epoch was saved, nothing is left behind, but for new parents of the folder.
     """
     if get_rank() > 0:
         yield
@@ -1439,8 +1436,7 @@ def load_checkpoint(path: str) -> dict:
 
 def short_name(name: str, most: int = 24) -> str:
     """Return a class name as a figure can show it."""
-    shown = [mark if mark.isprintable() else "?" for mark in name]
-    name = "".join(shown)
+    name = "".join(mark if mark.isprintable() else "?" for mark in name)
     if len(name) > most:
         name = name[: most - 1] + "\u2026"
     # Matplotlib reads "$" as a formula, and leaves names that begin with "_" out of legends.
@@ -1479,7 +1475,7 @@ def number(kind: type, least: float, most: float = 2**31 - 1):
     def parse(text: str) -> float:
         """Return the number; argparse tells its user of a ValueError in one line."""
         value = kind(text)
-        if not least <= value <= most:  # nor is NaN
+        if not least <= value <= most:  # true of NaN too
             raise ArgumentTypeError(f"{value} is out of range")
         return value
 

@@ -43,11 +43,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add = parser.add_argument_group("prediction").add_argument
     add("--checkpoint", default="runs/best.pt", help="of train.py")
     add("--output", default="predictions.csv", help="CSV to write")
-    add(
-        "--tta",
-        action="store_true",
-        help="mean over the views of --augment in training",
-    )
+    add("--tta", action="store_true", help="mean over training's --augment views")
     add("--batch-size", type=count, default=0, help="0: as in training: the same bits")
     add("--workers", type=count, default=workers, help="processes that decode images")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
@@ -245,15 +241,16 @@ def plot_report(
 
 def score_predictions(
     frame: pd.DataFrame, logits: Tensor, classes: list[str], picture: str
-) -> None:
-    """Print and draw the scores of the images whose label is one of the classes."""
+) -> bool:
+    """Print and draw the scores of the images whose label is one of the classes; return
+    whether there are any."""
     known = frame["label"].isin(classes).to_numpy()
     if not known.all():
         first = frame["label"][~known].iloc[0]
         print(f"not scored: {(~known).sum()} images, as {first!r} is no class")
     scored = known & logits.isfinite().all(dim=1).numpy()
     if not scored.any():
-        return
+        return False
     index_of = {name: index for index, name in enumerate(classes)}
     labels = frame["label"][scored].map(index_of).to_numpy()
     paths = frame["path"][scored].tolist()
@@ -262,6 +259,7 @@ def score_predictions(
     with atomic_write(picture) as file:
         figure.savefig(file, dpi=100)
     print(f"confusion matrix, ROC curves and the most wrong images in {picture}")
+    return True
 
 
 def main(args: Namespace) -> pd.DataFrame:
@@ -291,10 +289,9 @@ def main(args: Namespace) -> pd.DataFrame:
     if len(table) <= 20:
         shown = table if len(classes) <= 10 else table[["image", "label", "score"]]
         print(shown.to_string(index=False))
-    if "label" in frame:
-        score_predictions(frame, logits, classes, picture)
-    elif os.path.exists(picture):
-        print(f"{picture} is of other predictions: these have no labels")
+    scored = "label" in frame and score_predictions(frame, logits, classes, picture)
+    if not scored and os.path.exists(picture):
+        print(f"{picture} is of other predictions: these have no labels to score")
     return table
 
 

@@ -537,7 +537,8 @@ def test_a_new_head_is_all_that_is_not_torchvisions_or_frozen(arch, monkeypatch)
     for key, old in ones.items():
         ones[key] = torch.ones((), dtype=old.dtype).expand_as(old)  # no space in a file
     cache_weights(arch, ones, monkeypatch)
-    model = alasa.build_model(arch, 1000, freeze=True).eval()
+    model = alasa.build_model(arch, 1000).eval()
+    alasa.set_frozen(model, True)
     new = {key for key, tensor in model.state_dict().items() if (tensor != 1).any()}
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert model.state_dict().keys() == ones.keys()

@@ -12,7 +12,7 @@ import os
 import sys
 import time
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -39,7 +39,8 @@ FREEZE_HELP = "epochs of the last layer alone; no N: all; None: 1, from scratch 
 BATCH_NORM_HELP = "statistics of the weights, or new; None: keep, from scratch train"
 SCHEDULE_HELP = "of the rates: halved when the score stalls, or warm-up and cosine"
 
-# A resumed run may change these flags: by themselves they change no weight.
+# A resumed run may change these flags: they change no weight, but for another device's
+# rounding.
 MAY_CHANGE = {
     "train_csv",
     "valid_csv",
@@ -185,7 +186,7 @@ def load_saved(args: Namespace) -> dict | None:
     if args.resume:
         saved = alasa.load_checkpoint(last)
         if "optimizer" not in saved:
-            raise AlasaError(f"{last}: has no optimizer, as only best.pt may lack")
+            raise AlasaError(f"{last}: has no optimizer: is it a copy of best.pt?")
         if alasa.best_epoch(saved["history"], args.monitor) > 0:
             # Better to fail now than to end without it.
             alasa.load_checkpoint(f"{args.out}/best.pt")
@@ -360,17 +361,20 @@ def cosine_factor(step: int, steps: int) -> float:
     return (1 + math.cos(math.pi * done)) / 2
 
 
-def make_scheduler(optimizer: torch.optim.Optimizer, args: Namespace, steps: int):
-    """Return what changes the learning rates over epochs of so many steps."""
+def make_scheduler(
+    optimizer: torch.optim.Optimizer, args: Namespace, steps_per_epoch: int
+):
+    """Return what changes the learning rates."""
     if args.schedule == "cosine":
-        return LambdaLR(optimizer, partial(cosine_factor, steps=args.epochs * steps))
+        steps = args.epochs * steps_per_epoch
+        return LambdaLR(optimizer, partial(cosine_factor, steps=steps))
     return ReduceLROnPlateau(optimizer, "max", factor=0.5, patience=2, threshold=0)
 
 
-def load_states(states: dict, saved: dict | None) -> None:
-    """Give each the state that it had in the run to be resumed, if there is one."""
+def load_states(parts: dict, saved: dict | None) -> None:
+    """Give each part the state that it had in the run to be resumed, if there is one."""
     if saved:
-        for name, part in states.items():
+        for name, part in parts.items():
             part.load_state_dict(saved[name])
 
 
@@ -475,7 +479,7 @@ def print_best(history: list[dict[str, float]], args: Namespace) -> None:
         print0(f"best: epoch {best}, in {args.out}/best.pt")
 
 
-def main(args: Namespace, criterion: nn.Module | None = None) -> list[dict]:
+def main(args: Namespace, criterion: Callable | None = None) -> list[dict]:
     """Train as the flags say, write the files of the run, and return the rows of its log.
 
     criterion(logits [B, classes], labels [B]) is a mean loss, by default cross entropy.
@@ -489,13 +493,13 @@ def main(args: Namespace, criterion: nn.Module | None = None) -> list[dict]:
         train, valid, classes = load_data(args)
         run = make_run(args, precision, train, valid, classes, saved)
         history = run["history"]  # what is appended to it is saved
-        first = len(history) + 1
+        first_epoch = len(history) + 1
 
         train_set, valid_set = make_datasets(train, valid, classes, args)
         train_loader, valid_loader = make_loaders(train_set, valid_set, args, device)
         # Fork the workers before the heap grows: less is copied when it is written to.
-        train_batches = alasa.begin_pass(train_loader, first)
-        valid_batches = alasa.begin_pass(valid_loader, first)
+        train_batches = alasa.begin_pass(train_loader, first_epoch)
+        valid_batches = alasa.begin_pass(valid_loader, first_epoch)
 
         model = make_model(args, classes, saved).to(device)
         check_model(model, [train_set, valid_set], precision)
@@ -503,8 +507,8 @@ def main(args: Namespace, criterion: nn.Module | None = None) -> list[dict]:
         optimizer = make_optimizer(model, args)
         scheduler = make_scheduler(optimizer, args, len(train_loader))
         scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-        states = {"optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
-        load_states(states, saved)
+        parts = {"optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
+        load_states(parts, saved)
         run |= {"mean": model.mean, "std": model.std}
         if args.compile:
             # Not dynamic, as it would adapt to steps that a resumed run has not seen.
@@ -513,10 +517,10 @@ def main(args: Namespace, criterion: nn.Module | None = None) -> list[dict]:
         world = alasa.get_world_size()
         print0(f"{args.arch} on {world} x {device.type}, {precision}")
         print_chance(criterion, train_set, valid_set, device)
-        if first == 1:
+        if first_epoch == 1:
             save_batch(train_loader, classes, args.out)
 
-        for epoch in range(first, args.epochs + 1):
+        for epoch in range(first_epoch, args.epochs + 1):
             # Before the epoch, as a resumed run may have stalled already.
             stalled = len(history) - alasa.best_epoch(history, args.monitor)
             if 0 < args.early_stop <= stalled:
@@ -548,7 +552,7 @@ def main(args: Namespace, criterion: nn.Module | None = None) -> list[dict]:
             if args.schedule == "plateau":
                 # The best epoch's number, as of equal scores a lower loss is progress.
                 scheduler.step(alasa.best_epoch(history, args.monitor))
-            save_epoch(run, {"model": model} | states)
+            save_epoch(run, parts | {"model": model})
             print0(alasa.describe(row))
             if epoch == 1:
                 warn_of_flat_images(train_set)
