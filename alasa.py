@@ -818,11 +818,25 @@ class Float32Conv2d(nn.Conv2d):
         """Return features [B, C, H, W], in autocast's type if it is on."""
         device = images.device.type
         with torch.autocast(device, enabled=False):
-            features = super().forward(images)
+            features = super().forward(images.float())
         if torch.is_autocast_enabled(device):
             # Going on in 16 bits: a quarter of the memory for 3 % of the time.
             features = features.to(torch.get_autocast_dtype(device))
         return features
+
+
+class LineConv2d(Float32Conv2d):
+    """A convolution that computes in float32 where its input is one pixel high or wide.
+
+    In bfloat16 on a CPU, the gradient of weights that see nothing but padding would be what
+    the memory happened to hold (oneDNN, in torch 2.6 to 2.14).
+    """
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return features [B, C, H, W], in autocast's type if it is on."""
+        if 1 in images.shape[-2:]:
+            return super().forward(images)
+        return nn.Conv2d.forward(self, images)
 
 
 def input_preset(arch: str, weights: str):
@@ -885,8 +899,11 @@ def build_model(
         same_classes = trained_classes is None or trained_classes == class_names
         with explain(f"--weights {weights}"):
             load_state(model, state, same_classes)
-    stem = next(layer for layer in model.modules() if isinstance(layer, nn.Conv2d))
-    stem.__class__ = Float32Conv2d  # same weights, same names, another forward
+    convolutions = [layer for layer in model.modules() if isinstance(layer, nn.Conv2d)]
+    for layer in convolutions:
+        if layer.kernel_size != (1, 1):
+            layer.__class__ = LineConv2d  # same weights, same names, another forward
+    convolutions[0].__class__ = Float32Conv2d
     model.mean, model.std = list(preset.mean), list(preset.std)
     model.register_forward_pre_hook(normalise_input)
     return model.to(memory_format=torch.channels_last)

@@ -591,6 +591,25 @@ def test_a_model_scales_pixels_as_its_weights_want():
     for arch in ("resnet18", "efficientnet_v2_l"):
         weights = torchvision.models.get_model_weights(arch).DEFAULT
         wanted = weights.transforms(crop_size=40, resize_size=40)
+def test_a_weight_that_sees_only_padding_has_no_gradient():
+    model = alasa.build_model("mobilenet_v2", 2, "none")
+    strided = [
+        layer
+        for layer in model.modules()
+        if isinstance(layer, nn.Conv2d) and layer.stride == (2, 2)
+    ]
+    for layer in 3 * strided:
+        image = torch.rand(4, layer.in_channels, 1, 1)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = layer(image).float().pow(2).sum()
+        used = [torch.full((2**k,), 7.0) for k in range(4, 19) for _ in range(8)]
+        del used  # the memory is free now, and keeps what it held
+        (gradient,) = torch.autograd.grad(loss, layer.weight)
+        centre = gradient[:, :, 1, 1].clone()
+        gradient[:, :, 1, 1] = 0
+        assert centre.any() and not gradient.any()
+
+
         model = alasa.build_model(arch, 2, "none")
         scaled = alasa.normalise(pixels, model.mean, model.std)
         assert torch.allclose(scaled, wanted(pixels), atol=1e-5)
