@@ -699,6 +699,14 @@ def test_a_resumed_run_ends_bit_identical(more):
     assert log["epoch"].tolist() == [1, 2] == [row["epoch"] for row in history]
 
 
+def test_the_seed_alone_decides_the_first_weights():
+    for out, seed in (("one", 1), ("same", 1), ("other", 2)):
+        torch.rand(7)  # another state of the caller's generator
+        fit(f"--epochs 1 --lr 0 --head-lr 0 --seed {seed} --out {out}")
+    assert same_weights("one", "same")
+    assert not same_weights("one", "other")
+
+
 def test_killed_at_random_moments_and_resumed_ends_bit_identical(reference):
     for seconds in (*np.random.default_rng(0).uniform(0, 0.6, 5), 60):
         more = "--resume" if os.path.exists("runs/last.pt") else "--overwrite"
