@@ -818,7 +818,7 @@ class Float32Conv2d(nn.Conv2d):
         """Return features [B, C, H, W], in autocast's type if it is on."""
         device = images.device.type
         with torch.autocast(device, enabled=False):
-            features = super().forward(images.float())
+            features = super().forward(images.to(self.weight.dtype))
         if torch.is_autocast_enabled(device):
             # Going on in 16 bits: a quarter of the memory for 3 % of the time.
             features = features.to(torch.get_autocast_dtype(device))

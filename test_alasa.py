@@ -589,6 +589,7 @@ def test_the_stem_keeps_every_pixel_and_computes_in_float32():
     exact = resnet.conv1(images)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(resnet.conv1(images), exact.bfloat16())
+    assert resnet.double()(images.double()).dtype == torch.float64
 
 
 def test_a_weight_that_sees_only_padding_has_no_gradient():
