@@ -5,33 +5,28 @@
 
 Made for steganalysis, where the signal is a change of pixels by one grey level, so that
 nothing here rounds, resizes or replaces a pixel unasked; right for any other images too.
-Read it from top to bottom, in the order of the work: errors, seeds, rows, images, batches,
-the model, several processes, one epoch, scores, files, pictures, and what a script does to
-its process.
+Read it from top to bottom, in the order of the work: errors, several processes, seeds, rows,
+images, batches, the model, one epoch, scores, files, and what a script does to its process.
 """
 
 import contextlib
 import copy
-import csv
 import ctypes
 import gc
 import hashlib
 import io
 import itertools
 import math
-import multiprocessing
 import os
+import pickle
 import random
-import re
 import signal
-import stat
 import sys
 import time
-import unicodedata
 import warnings
 import zipfile
-import zlib
-from argparse import ArgumentTypeError, Namespace
+from argparse import ArgumentTypeError
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
@@ -42,42 +37,32 @@ import pandas as pd
 import torch
 import torch.distributed as dist
 import torchvision
-from PIL import ExifTags, Image, TiffImagePlugin, UnidentifiedImageError
+from matplotlib.figure import Figure
+from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
-from torch.utils.data import (
-    BatchSampler,
-    DataLoader,
-    Dataset,
-    WeightedRandomSampler,
-    default_collate,
-)
-from torch.utils.data.distributed import DistributedSampler
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
 from torchvision.datasets.folder import IMG_EXTENSIONS
-from torchvision.models.vision_transformer import (
-    VisionTransformer,
-    interpolate_embeddings,
-)
 from torchvision.transforms import v2
-
-try:
-    import fcntl
-except ImportError:
-    fcntl = None  # on Windows, where nothing keeps a second run out of a folder
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of RGB in 0..1
 IMAGENET_STD = (0.229, 0.224, 0.225)
-IMAGE_EXTENSIONS = (*IMG_EXTENSIONS, ".gif", ".jfif", ".jpe", ".jp2", ".avif")
+IMAGE_EXTENSIONS = (*IMG_EXTENSIONS, ".gif", ".jfif", ".jp2", ".avif")
+# What a folder holds that was split already: no classes.
+SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "test"}
 # The least and the largest share of an image that a random crop shows.  torchvision's own
 # 0.08 is for hundreds of epochs: in ten, what it shows is too often beside the point.
 CROP_AREA = (0.35, 1)
-FLAT_SPAN = 16  # grey levels: an image that spans no more shows nothing to a person
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# Below this many pixels a side, a stride meets features of one pixel, and there oneDNN (in
+# torch 2.6 to 2.14) leaves gradients of weights in bfloat16 uninitialised.
+LEAST_BF16_SIZE = 32
 # How many views of `d4_view` each augmentation of `make_transform` shows.
 VIEWS = {"none": 1, "flip": 2, "crop": 2, "d4": 8}
 # The column of the log that each choice of --monitor looks at.
 MONITORS = {"auc": "auc", "wauc": "wauc", "accuracy": "valid_accuracy"}
-RUN_FILES = ("best.pt", "last.pt", "log.csv", "losses.png", "batch.png")
+Batches = Iterable[tuple[Tensor, Tensor]]  # images [B, 3, H, W] and labels [B]
 
 
 # ---------------------------------------------------------------- errors
@@ -88,26 +73,68 @@ class AlasaError(Exception):
 
 
 @contextlib.contextmanager
-def explain(
-    what: str, kinds: tuple[type[Exception], ...] = (Exception,)
-) -> Iterator[None]:
-    """Raise an exception of these kinds within as an AlasaError: "<what>: <why>"."""
+def explain(what: str) -> Iterator[None]:
+    """Raise what a library raises of bad input within as an AlasaError: "<what>: <why>"."""
     try:
         yield
-    except kinds as error:
+    except Exception as error:
         why = " ".join(str(error).split()) or type(error).__name__
         raise AlasaError(f"{what}: {why[:300]}") from error
 
 
-def raise_if_any(faults: Iterable[str], shown: int = 10) -> None:
-    """Raise AlasaError with the first faults and their number, if there are any."""
-    faults = list(faults)
-    if not faults:
-        return
-    message = "; ".join(faults[:shown])
-    if len(faults) > shown:
-        message += f"; ... ({len(faults)} in all)"
-    raise AlasaError(message)
+def refuse(rows: pd.DataFrame, what: str, advice: str) -> None:
+    """Raise AlasaError if there are any rows, with the first three of them."""
+    if not rows.empty:
+        shown = []
+        for place, row in rows.head(3).iterrows():
+            shown.append(f"{place}: {row['path']!r}, {row['label']!r}")
+        count = f"{len(rows)} rows: " if len(rows) > 3 else ""
+        raise AlasaError(f"{what}: {count}{'; '.join(shown)}; {advice}")
+
+
+# ---------------------------------------------------------------- several processes
+
+
+def get_rank() -> int:
+    """Return which of torchrun's processes this is, 0 without it."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def get_world_size() -> int:
+    """Return how many processes torchrun started, 1 without it."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def print0(text: str) -> None:
+    """Print in one process only."""
+    if get_rank() == 0:
+        print(text, flush=True)
+
+
+def gather_batches(mine: list) -> list:
+    """Return the results of all batches in order, which were dealt to the processes in turn:
+    [[0, 2, 4], [1, 3]] gives [0, 1, 2, 3, 4]."""
+    parts = [mine] * get_world_size()
+    if len(parts) > 1:
+        dist.all_gather_object(parts, mine)
+    rounds = itertools.zip_longest(*parts)
+    return [result for dealt in rounds for result in dealt if result is not None]
+
+
+def start_process(name: str) -> torch.device:
+    """Return the device to work on; under torchrun, join the other processes."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and dist.is_torchelastic_launched():
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    with explain(f"--device {name}"):
+        device = torch.empty(0, device=name).device  # fails if there is no such device
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+    # Not by WORLD_SIZE: one left over in the environment would make this wait for ever.
+    if dist.is_torchelastic_launched() and not dist.is_initialized():
+        dist.init_process_group()
+    return device
 
 
 # ---------------------------------------------------------------- seeds
@@ -116,8 +143,8 @@ def raise_if_any(faults: Iterable[str], shown: int = 10) -> None:
 def stable_hash(*key: object) -> int:
     """Return 64 bits that depend on the key alone, in any process and at any time.
 
-    As a seed: whoever knows the key, say (seed, epoch, row), draws the same, be it another
-    worker or a resumed run.  So no state of a random generator is ever saved.
+    As a seed: another worker or a resumed run, which knows (seed, epoch), draws the same, so
+    that no state of a random generator is ever saved.
     """
     digest = hashlib.sha256(repr(key).encode()).digest()
     return int.from_bytes(digest[:8], "big")
@@ -131,36 +158,11 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS is not
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or cuBLAS may differ
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # only costs time here
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.allow_tf32 = False  # would round images to 10 bits of mantissa
-
-
-@contextlib.contextmanager
-def preserved_globals() -> Iterator[None]:
-    """Give the caller back all that `seed_everything` changes."""
-    random_state = random.getstate()
-    numpy_state = np.random.get_state()
-    cublas = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    fill = torch.utils.deterministic.fill_uninitialized_memory
-    benchmark = torch.backends.cudnn.benchmark
-    allow_tf32 = torch.backends.cudnn.allow_tf32
-    try:
-        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-            yield
-    finally:
-        random.setstate(random_state)
-        np.random.set_state(numpy_state)
-        if cublas is None:
-            os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
-        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
-        torch.utils.deterministic.fill_uninitialized_memory = fill
-        torch.backends.cudnn.benchmark = benchmark
-        torch.backends.cudnn.allow_tf32 = allow_tf32
 
 
 # ---------------------------------------------------------------- rows
@@ -171,136 +173,75 @@ def read_rows(
     image_column: str = "image",
     label_column: str = "label",
     image_root: str | None = None,
+    needs_labels: bool = False,
 ) -> pd.DataFrame:
-    """Return the rows of a CSV (`read_csv`) or of a folder (`read_folder`)."""
-    if os.path.isdir(source):
-        return read_folder(source)
-    return read_csv(source, image_column, label_column, image_root)
+    """Return the rows of a CSV or of a folder as text: `image`, `path`, `label` if it has any.
 
-
-def read_csv(
-    path: str,
-    image_column: str = "image",
-    label_column: str = "label",
-    image_root: str | None = None,
-) -> pd.DataFrame:
-    """Return a CSV's rows as a frame of text: `image`, `path`, and `label` if it has any.
-
-    Relative images start at `image_root`, by default the CSV's folder.  The index tells
-    where a row stands: "train.csv line 2".  AlasaError if a row has not as many cells as
-    the header, which pandas would pass, or names no image.
+    A CSV's relative images start at `image_root`, by default the CSV's folder.  The index
+    says where a row stands: "train.csv row 1".
     """
-    header, rows = read_cells(path)
-    if not rows:
-        raise AlasaError(f"{path}: has no rows")
-    image_at = find_column(path, header, image_column)
-    raise_if_any(
-        f"{path} line {line}: has {len(cells)} cells, not {len(header)}"
-        for line, cells in rows.items()
-        if len(cells) != len(header)
-    )
-    frame = pd.DataFrame(index=[f"{path} line {line}" for line in rows])
-    frame["image"] = [cells[image_at] for cells in rows.values()]
-    if label_column in header:
-        label_at = find_column(path, header, label_column)
-        frame["label"] = [cells[label_at] for cells in rows.values()]
-    raise_if_any(
-        f"{place}: {image!r} is no file name"
-        for place, image in frame["image"].items()
-        if not image.strip() or "\0" in image
-    )
-    root = os.path.dirname(path) if image_root is None else image_root
-    frame["path"] = [os.path.join(root, image) for image in frame["image"]]
+    if os.path.isdir(source):
+        return read_folder(source, needs_labels)
+    if not os.path.exists(source):
+        raise AlasaError(f"{source}: there is no such file or folder")
+    with (
+        explain(f"{source}: not a CSV in UTF-8; save it as one"),
+        warnings.catch_warnings(),
+    ):
+        # Else pandas drops what a row has beyond the header's columns.
+        warnings.simplefilter("error", pd.errors.ParserWarning)
+        table = pd.read_csv(
+            source,
+            dtype=str,
+            keep_default_na=False,  # "NA" is a label
+            index_col=False,
+            skipinitialspace=True,
+            encoding="utf-8-sig",
+        )
+    # What a row lacks is missing all the same; here, it is empty.
+    table = table.fillna("").rename(columns=str.strip)
+    needed = [image_column, label_column] if needs_labels else [image_column]
+    lacking = [column for column in needed if column not in table]
+    if lacking:
+        lacks = f"no column {lacking[0]!r} in its first line, only {list(table)[:3]}"
+        raise AlasaError(f"{source}: {lacks}; give --image-column and --label-column")
+    if table.empty:
+        raise AlasaError(f"{source}: has no rows")
+    frame = pd.DataFrame({"image": table[image_column].str.strip()})
+    root = os.path.dirname(source) if image_root is None else image_root
+    paths = [os.path.join(root, image) for image in frame["image"]]
+    frame["path"] = [os.path.normpath(path) for path in paths]
+    if label_column in table:
+        frame["label"] = table[label_column].str.strip()
+    frame.index = [f"{source} row {row}" for row in range(1, len(frame) + 1)]
     return frame
 
 
-def read_cells(path: str) -> tuple[list[str], dict[int, list[str]]]:
-    """Return the header of a CSV, and the cells of each row by its line number."""
-    # Some data sets keep masks in a cell, longer than the 131,072 characters of the default.
-    old_limit = csv.field_size_limit(2**31 - 1)
-    try:
-        with (
-            explain(f"{path}: not a readable CSV"),
-            open(path, newline="", encoding="utf-8-sig") as file,
-        ):
-            reader = csv.reader(file, strict=True)
-            header = [name.strip() for name in next(reader, [])]
-            rows = {}
-            line = reader.line_num + 1  # the first of a row's, if a cell has several
-            for cells in reader:
-                if cells:  # not an empty line
-                    rows[line] = cells
-                line = reader.line_num + 1
-    finally:
-        csv.field_size_limit(old_limit)
-    return header, rows
-
-
-def find_column(path: str, header: list[str], column: str) -> int:
-    """Return the place of a column; AlasaError if it is not there, or there twice."""
-    if header.count(column) == 1:
-        return header.index(column)
-    if column in header:
-        raise AlasaError(f"{path}: has two columns {column!r}")
-    if len(header) == 1:
-        for mark in ";\t|":
-            if mark in header[0]:
-                raise AlasaError(f"{path}: looks separated by {mark!r}, not by ','")
-    lacks = f"has no column {column!r}, only {header}"
-    raise AlasaError(f"{path}: {lacks}; give --image-column and --label-column")
-
-
-def read_folder(folder: str) -> pd.DataFrame:
-    """Return the images of a folder as `read_csv` does: `image` is relative to the folder.
+def read_folder(folder: str, needs_labels: bool = False) -> pd.DataFrame:
+    """Return the images of a folder, sorted, as `read_rows` does; skip hidden files.
 
     The label of an image, at any depth, is the name of the topmost folder below this one,
-    as in torchvision's ImageFolder.  Hidden files are skipped silently, others are reported.
+    as in torchvision's ImageFolder.
     """
-    images, others = find_images(folder)
+    images, others = [], []
+    for parent, folders, files in os.walk(os.path.normpath(folder), followlinks=True):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(name for name in files if not name.startswith(".")):
+            is_image = name.lower().endswith(IMAGE_EXTENSIONS)
+            kind = images if is_image else others
+            kind.append(os.path.join(parent, name))
     if others:
         print0(f"left out, as no images: {len(others)} files, first {others[0]}")
     if not images:
         raise AlasaError(f"{folder}: has no images")
     names = [os.path.relpath(path, folder) for path in images]
     labels = [os.path.dirname(name).split(os.sep)[0] for name in names]
-    columns = {"image": names, "path": images}
+    frame = pd.DataFrame({"image": names, "path": images}, index=[folder] * len(images))
     if any(labels):
-        columns["label"] = labels
-    return pd.DataFrame(columns, index=[folder] * len(images))
-
-
-def find_images(folder: str) -> tuple[list[str], list[str]]:
-    """Return the paths of a folder's images at any depth, sorted, and those of its other
-    files; print which folders are empty."""
-    images, others, seen = [], [], set()
-    root = os.path.realpath(folder)
-
-    def stop(error: OSError) -> None:
-        """Name a folder that cannot be listed, which os.walk would pass in silence."""
-        raise AlasaError(f"{folder}: {error}")
-
-    for parent, folders, files in os.walk(folder, onerror=stop, followlinks=True):
-        # Twice in one class is a link that leads back.  In two classes, it is taken twice,
-        # and `check_contradictions` will say so.
-        label = os.path.relpath(parent, folder).split(os.sep)[0]
-        real = os.path.realpath(parent)
-        # A link to the root, or to a folder above it.
-        leads_back = parent != folder and Path(root).is_relative_to(real)
-        if leads_back or (label, real) in seen:
-            folders.clear()
-            continue
-        seen.add((label, real))
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        files = sorted(name for name in files if not name.startswith("."))
-        if not folders and not files:
-            print0(f"left out, as it is empty: {parent}")
-        for name in files:
-            path = os.path.join(parent, name)
-            if name.lower().endswith(IMAGE_EXTENSIONS):
-                images.append(path)
-            else:
-                others.append(path)
-    return images, others
+        frame["label"] = labels
+    elif needs_labels:
+        raise AlasaError(f"{folder}: has no folders named for classes, only images")
+    return frame
 
 
 def find_classes(labels: Iterable[str]) -> list[str]:
@@ -312,96 +253,16 @@ def find_classes(labels: Iterable[str]) -> list[str]:
         return classes
 
 
-def identify_files(frame: pd.DataFrame) -> list[str]:
-    """Return what tells each row's file from others, however it is linked or spelled.
-
-    AlasaError with the rows whose file is missing, empty, or no file.
-    """
-    identities, faults = [], []
-    for place, path in frame["path"].items():
-        try:
-            status = os.stat(path)
-            # With the size, as some network file systems number files twice, or not at all.
-            identity = f"{status.st_dev}:{status.st_ino}:{status.st_size}"
-            if status.st_ino == 0:
-                identity = os.path.realpath(path)
-            identities.append(identity)
-            if not stat.S_ISREG(status.st_mode):
-                faults.append(f"{place}: {path!r} is not a file")
-            elif status.st_size == 0:
-                faults.append(f"{place}: {path!r} is empty")
-        except OSError as error:
-            faults.append(f"{place}: {path!r}: {error.strerror}")
-    raise_if_any(faults)
-    return identities
-
-
-def check_labels(frame: pd.DataFrame) -> None:
-    """Raise AlasaError if a row has no label."""
-    if "label" not in frame:
-        place = frame.index[0]
-        raise AlasaError(f"{place}: no label; give --label-column, or class folders")
-    raise_if_any(
-        f"{place}: the label of {image!r} is empty"
-        for place, image, label in zip(frame.index, frame["image"], frame["label"])
-        if not label.strip()
-    )
-
-
-def check_look_alikes(labels: set[str]) -> None:
-    """Raise AlasaError if two labels differ invisibly; warn if they differ in case."""
-    seen, seen_in_lower_case = {}, {}
-    for label in sorted(labels):
-        looks = visible_part(label)
-        if looks in seen:
-            raise AlasaError(f"the labels {seen[looks]!a} and {label!a} look the same")
-        seen[looks] = label
-        lower = looks.casefold()
-        if lower in seen_in_lower_case:
-            twin = seen_in_lower_case[lower]
-            print0(f"warning: {twin!r} and {label!r} are two classes")
-        seen_in_lower_case[lower] = label
-
-
-def visible_part(label: str) -> str:
-    """Return the label without invisible differences: the encoding of accents,
-    zero-width characters, and spacing."""
-    composed = unicodedata.normalize("NFC", label)
-    shown = [
-        mark for mark in composed if unicodedata.category(mark) not in ("Cf", "Cc")
-    ]
-    return " ".join("".join(shown).split())
-
-
-def check_contradictions(frame: pd.DataFrame, identities: list[str]) -> None:
-    """Raise AlasaError if the same image has two labels."""
-    seen, faults = {}, []
-    rows = zip(identities, frame.index, frame["path"], frame["label"])
-    for identity, place, path, label in rows:
-        first_place, first_label = seen.setdefault(identity, (place, label))
-        if label != first_label:
-            both = f"{first_label!r} and {label!r}"
-            faults.append(f"{first_place} and {place}: {path!r} is one image, {both}")
-    raise_if_any(faults)
-
-
-def check_leaks(train: pd.DataFrame, valid: pd.DataFrame) -> None:
-    """Raise AlasaError if an image is missing, has two labels, or is in both splits."""
-    train_identities = identify_files(train)
-    valid_identities = identify_files(valid)
-    check_contradictions(train, train_identities)
-    check_contradictions(valid, valid_identities)
-    trained_on = set(train_identities)
-    raise_if_any(
-        f"{place}: {path!r} is a training image too"
-        for identity, (place, path) in zip(valid_identities, valid["path"].items())
-        if identity in trained_on
-    )
-    train_names = set(map(os.path.basename, train["path"]))
-    valid_names = set(map(os.path.basename, valid["path"]))
-    shared = len(train_names & valid_names)
-    if shared:
-        print0(f"warning: {shared} file names are in both splits: the same scenes?")
+def check_rows(frame: pd.DataFrame) -> None:
+    """Raise AlasaError if a row has no label, or no image, or if two contradict."""
+    missing = ~frame["path"].map(os.path.isfile)
+    advice = "--image-root says where relative paths start"
+    refuse(frame[missing], "not a file", advice)
+    advice = "fill in its label, or drop the row"
+    refuse(frame[frame["label"] == ""], "no label", advice)
+    labels_of_image = frame.groupby("path")["label"].transform("nunique")
+    several = frame[labels_of_image > 1].sort_values("path", kind="stable")
+    refuse(several, "one image has several labels", "keep one of them")
 
 
 def check_splits(
@@ -409,161 +270,105 @@ def check_splits(
 ) -> list[str]:
     """Check both splits, and return the classes in order; the first is the negative one.
 
-    AlasaError if a label or an image is missing or contradicts another, if an image is in
-    both splits, or if the monitored score would be undefined.
+    AlasaError if a row is wrong, if an image is in both splits, or if the monitored score
+    would be undefined.
     """
-    check_labels(train)
-    check_labels(valid)
-    train_labels, valid_labels = set(train["label"]), set(valid["label"])
-    check_look_alikes(train_labels | valid_labels)
-    classes = find_classes(train_labels)
+    check_rows(train)
+    check_rows(valid)
+    classes = find_classes(train["label"])
     if len(classes) == 1:
         raise AlasaError(f"training has one class only: {classes[0]!r}")
-    raise_if_any(
-        f"{place}: no training label is {label!r}, only {classes[:10]}"
-        for place, label in valid["label"].drop_duplicates().items()
-        if label not in train_labels
-    )
-    absent = find_classes(train_labels - valid_labels)
-    if absent:
-        names = ", ".join(map(repr, absent[:10]))
-        what = f"no validation label is {names}: the AUC is undefined"
-        if monitor == "auc":
-            raise AlasaError(f"{what}; --monitor accuracy does not need it")
-        print0(what)
-    has_negatives = classes[0] in valid_labels
-    has_positives = len(valid_labels - {classes[0]}) > 0
-    if monitor == "wauc" and not (has_negatives and has_positives):
-        what = f"wauc needs validation images of {classes[0]!r} and of another class"
-        raise AlasaError(what)
-    check_leaks(train, valid)
+    unknown = valid[~valid["label"].isin(classes)]
+    refuse(unknown, "no training image has the label", f"training has {classes[:3]}")
+    in_both = valid[valid["path"].isin(train["path"])]
+    refuse(in_both, "a training image too", "keep it in one of the splits")
+    absent = find_classes(set(classes) - set(valid["label"]))
+    if absent and monitor != "accuracy":
+        what = f"no validation image is {absent[0]!r}: the AUC is undefined"
+        raise AlasaError(f"{what}; --monitor accuracy does not need it")
     return classes
 
 
-def hash_rows(frame: pd.DataFrame) -> int:
-    """Return 64 bits that depend on the rows, and not on where their folder is."""
-    return stable_hash(frame["image"].tolist(), frame["label"].tolist())
+def hold_out(
+    frame: pd.DataFrame, share: float, seed: int
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Return the rows to train on, and a random share of each class to validate on: at least
+    one image of a class that has two, and never all of it.
+
+    Files of one name, such as a cover and its stego versions, stay together.
+    """
+    check_rows(frame)
+    total = Counter(frame["label"])
+    if SPLIT_NAMES.issuperset(total):
+        what = f"{frame.index[0]}: {list(total)} are splits, not classes"
+        raise AlasaError(f"{what}; give --train-csv one, --valid-csv another")
+    labels_of_name = defaultdict(list)
+    for image, label in zip(frame["image"], frame["label"]):
+        labels_of_name[os.path.basename(image)].append(label)
+    held, held_names = Counter(), set()
+    for name in sorted(labels_of_name, key=partial(stable_hash, "hold out", seed)):
+        counts = Counter(labels_of_name[name])
+        wanted = [label for label in counts if held[label] < share * total[label]]
+        spent = [
+            label for label in counts if held[label] + counts[label] == total[label]
+        ]
+        if wanted and not spent:
+            held.update(counts)
+            held_names.add(name)
+    is_held = frame["image"].map(os.path.basename).isin(held_names)
+    return frame[~is_held], frame[is_held]
 
 
 # ---------------------------------------------------------------- images
 
 
-# What turns an image upright, by its EXIF orientation.
-UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-# Chunks of a PNG that may be damaged.  Any other kind may not, even if it is not needed: it
-# may be pixels, whose kind is what is damaged.
-PNG_METADATA = {b"tEXt", b"zTXt", b"iTXt", b"iCCP", b"eXIf", b"tIME", b"pHYs"}
-# Bit depth and colour type, bytes 24 and 25, of a PNG whose transparent colour Pillow takes
-# for another.
-PNG_MISREAD = {(2, 0), (4, 0), (16, 2)}
-
-
-def read_image(path: str) -> Image.Image:
+def read_image(path: str, image_size: int = 0) -> Image.Image:
     """Decode an image's first frame or page, upright, as 8-bit RGB.
 
-    16-bit grey levels are divided by 257, of other 16-bit colours the high byte is taken.
-    Transparency is laid over white, unless all is transparent.  Metadata other than the
-    orientation does not matter.  AlasaError if the image cannot be decoded whole, or if a
-    checksum of a PNG is wrong.
+    With an `image_size` in pixels that it will be resized to, a large JPEG is decoded at a
+    half, a quarter or an eighth, while both sides keep twice that size: a photo of 12
+    megapixels is read four times faster.  AlasaError if the image cannot be decoded whole,
+    or if a checksum of a PNG is wrong.
     """
+    with explain(f"{path}: cannot be read"):  # the drive's fault, not the image's
+        data = io.BytesIO(Path(path).read_bytes())
     with explain(f"{path}: not a readable image"):
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            raise OSError("not a file")  # a pipe would keep it waiting
-        data = Path(path).read_bytes()
-        if data.startswith(PNG_SIGNATURE):
-            data = needed_png_chunks(data)
-        try:
-            image = Image.open(io.BytesIO(data))
-        except UnidentifiedImageError:
-            raise ValueError(f"unknown to Pillow, it starts with {data[:24]}") from None
-        if not isinstance(image.info.get("xmp"), bytes):
-            image.info.pop("xmp", None)  # getexif searches it, and needs bytes
-        image.load()
-        upright = to_rgb(image)
-        method = UPRIGHT.get(read_orientation(image))
-        if method is not None:
-            upright = upright.transpose(method)
-        return upright
+        image = Image.open(data)
+        if image_size > 0:
+            image.draft(None, (2 * image_size, 2 * image_size))
+        if image.format == "PNG":
+            image.verify()  # the checksums, which decoding does not look at
+            image = Image.open(data)
+        return to_rgb(turn_upright(image))
 
 
-def needed_png_chunks(data: bytes) -> bytes:
-    """Return a PNG without the chunks that its pixels do not need, such as texts and
-    profiles; ValueError if the checksum of one that they may need is wrong.
-
-    Pillow itself checks no checksum of pixels, and refuses some images for their texts.
-    """
-    # A chunk is its length (4 bytes), kind (4), content, and checksum (4).
-    kept = [PNG_SIGNATURE]
-    start = len(PNG_SIGNATURE)
-    kind = b""
-    while kind != b"IEND":
-        if start + 12 > len(data):
-            raise ValueError("the file is truncated")
-        length = int.from_bytes(data[start : start + 4], "big")
-        end = start + 12 + length
-        chunk = data[start:end]
-        kind = chunk[4:8]
-        is_whole = zlib.crc32(chunk[4:-4]) == int.from_bytes(chunk[-4:], "big")
-        if not is_whole and kind not in PNG_METADATA:
-            raise ValueError(f"the checksum of its chunk {kind} is wrong")
-        if kind == b"tRNS" and tuple(data[24:26]) in PNG_MISREAD:
-            raise ValueError("its transparency is of a kind that Pillow misreads")
-        is_needed = kind[:1].isupper() or kind == b"tRNS"
-        has_orientation = kind == b"eXIf" and is_whole
-        if is_needed or has_orientation:
-            kept.append(chunk)
-        start = end
-    return b"".join(kept)
-
-
-def read_orientation(image: Image.Image) -> int:
-    """Return the EXIF orientation, 1 to 8; 1 is upright, and where EXIF cannot be read.
-
-    Pillow's exif_transpose would fail where other tags are damaged, as it rewrites them.
-    """
+def turn_upright(image: Image.Image) -> Image.Image:
+    """Return an image as its EXIF orientation says; as it is, if EXIF cannot be read."""
     try:
-        return image.getexif().get(ExifTags.Base.Orientation, 1)
+        image.getexif()
     except Exception:  # noqa: BLE001 - of many kinds, as EXIF is damaged in many ways
-        return 1
+        return image
+    image.info.pop("exif", None)  # to be written anew, it would fail of an odd tag
+    return ImageOps.exif_transpose(image)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Return an image of any mode as 8-bit RGB, as `read_image` says."""
-    tags = getattr(image, "tag_v2", {})  # of a TIFF
-    if image.mode.startswith(("I", "F")):  # Pillow's own conversion clips at 255
-        return grey_to_rgb(image, tags)
-    if not image.has_transparency_data:
-        return image.convert("RGB")
-    image = image.convert("RGBA")
-    # A fourth channel that a TIFF does not call alpha is often infrared.
-    is_alpha = not tags or TiffImagePlugin.EXTRASAMPLES in tags
-    all_is_transparent = image.getchannel("A").getextrema() == (0, 0)
-    if not is_alpha or all_is_transparent:
-        return image.convert("RGB")
-    white = Image.new("RGBA", image.size, "white")
-    return Image.alpha_composite(white, image).convert("RGB")
+    """Return an image of any mode as 8-bit RGB.
 
-
-def grey_to_rgb(image: Image.Image, tags: dict) -> Image.Image:
-    """Return 16-bit grey levels as 8-bit RGB; ValueError if their scale is not plain."""
-    grey = np.asarray(image)
-    bits = tags.get(TiffImagePlugin.BITSPERSAMPLE, (16,))
-    white_is_zero = tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0
-    if image.mode == "F" or bits != (16,) or grey.min() < 0 or grey.max() > 65535:
-        raise ValueError("its grey levels are not plain 16 bits")
-    if white_is_zero or "transparency" in image.info:
-        raise ValueError("its grey levels are not plain: inverted or transparent")
-    scaled = (grey / 257).round().astype(np.uint8)
-    return Image.fromarray(scaled).convert("RGB")
+    16-bit grey levels are divided by 257.  Transparency is laid over white, unless all is
+    transparent.
+    """
+    if image.mode.startswith("I;16"):  # Pillow's own conversion clips at 255
+        grey = (np.asarray(image) / 257).round().astype(np.uint8)
+        return Image.fromarray(grey).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise ValueError("its grey levels are of 32 bits")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        if image.getchannel("A").getextrema() != (0, 0):
+            white = Image.new("RGBA", image.size, "white")
+            image = Image.alpha_composite(white, image)
+    return image.convert("RGB")
 
 
 def d4_view(image: Tensor, view: int) -> Tensor:
@@ -586,7 +391,7 @@ def centre_square(image: Tensor) -> Tensor:
     return v2.functional.center_crop(image, [min(image.shape[-2:])])
 
 
-def make_transform(size: int = 0, augment: str = "none") -> v2.Compose:
+def make_transform(image_size: int = 0, augment: str = "none") -> v2.Compose:
     """Return what turns a PIL image into uint8 [3, size, size], at native size if 0.
 
     `augment`, one of VIEWS, is what training draws at random; "crop" is a random resized
@@ -594,12 +399,12 @@ def make_transform(size: int = 0, augment: str = "none") -> v2.Compose:
     """
     steps = [v2.PILToTensor()]  # first, as torch resizes faster than Pillow
     if augment == "crop":
-        if size == 0:
+        if image_size == 0:
             raise AlasaError("--augment crop needs an --image-size; or give d4")
-        steps.append(v2.RandomResizedCrop(size, scale=CROP_AREA))
-    elif size > 0:
+        steps.append(v2.RandomResizedCrop(image_size, scale=CROP_AREA))
+    elif image_size > 0:
         steps.append(centre_square)  # first, or a thin image would become a huge one
-        steps.append(v2.Resize([size, size]))
+        steps.append(v2.Resize([image_size, image_size]))
     if augment != "none":
         views = [partial(d4_view, view=view) for view in range(VIEWS[augment])]
         steps.append(v2.RandomChoice(views))
@@ -609,128 +414,130 @@ def make_transform(size: int = 0, augment: str = "none") -> v2.Compose:
 # ---------------------------------------------------------------- batches
 
 
-def check_sizes(images: list[Tensor]) -> None:
-    """Raise AlasaError unless all images have one size, as a batch needs."""
-    sizes = sorted({f"{image.shape[-1]}x{image.shape[-2]}" for image in images})
-    if len(sizes) > 1:
-        mixed = f"a batch has images of {sizes[0]} and of {sizes[1]} pixels"
-        raise AlasaError(f"{mixed}: give --image-size, or to predict --batch-size 1")
-
-
 class AlasaDataset(Dataset):
     """The images that a frame lists: (image, label) pairs, or images only to "test".
 
     The frame is `read_rows`'s, or has images alone, with class indices for labels.
     `transform` takes an RGB PIL image and returns [3, H, W]: uint8, or floats that are
-    normalised already.  By default images keep their size, and training sees them in a
-    random view of D4.
+    normalised already.  If it resizes, give `image_size` too: see `read_image`.  By default
+    images keep their size, and training sees them in a random view of D4.
 
-    What the transform draws from torch depends on (seed, epoch, item) alone; call
-    `set_epoch` before each pass.  With `balance`, each epoch draws its items anew, so that
-    every class is drawn as often, and a row that is drawn twice is seen in two ways.
+    An index is a row, or a (row, seed) of `Draws`: then what the transform draws from torch
+    depends on the seed alone, and on no worker or earlier epoch.
     """
 
     def __init__(
-        self, frame: pd.DataFrame, split: str, transform=None, seed=0, balance=False
+        self, frame: pd.DataFrame, split: str, transform=None, image_size: int = 0
     ):
         if transform is None:
             transform = make_transform(augment="d4" if split == "train" else "none")
-        self.split = split
         self.transform = transform
-        self.seed = seed
-        self.balance = balance
+        self.image_size = image_size
         self.places = frame.index.tolist()
         self.paths = frame["path" if "path" in frame else "image"].tolist()
         self.labels = None if split == "test" else frame["label"].tolist()
-        # Shared memory, as workers live on from epoch to epoch: they would not see the
-        # main process change its attributes, nor it theirs.
-        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()
-        self.rows = torch.arange(len(frame)).share_memory_()  # the row of each item
-        self.flat = torch.zeros(len(frame), dtype=torch.bool).share_memory_()
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the augmentation, and with `balance` the items, of the next pass."""
-        self.epoch.fill_(epoch)
-        if self.balance:
-            labels = torch.tensor(self.labels)
-            weights = (1 / labels.bincount())[labels]
-            generator = torch.Generator()
-            generator.manual_seed(stable_hash("balance", self.seed, epoch))
-            draw = WeightedRandomSampler(weights, len(labels), generator=generator)
-            self.rows.copy_(torch.tensor(list(draw)))
 
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, item: int) -> Tensor | tuple[Tensor, int]:
-        row = int(self.rows[item])
-        epoch = int(self.epoch)
+    def __getitem__(self, index: int | tuple[int, int]) -> Tensor | tuple[Tensor, int]:
+        row, seed = index if isinstance(index, tuple) else (index, None)
         with explain(self.places[row]):
-            image = read_image(self.paths[row])
-        if epoch == 1:  # once is enough, for `find_flat`
-            spans = [high - low for low, high in image.getextrema()]
-            self.flat[row] = max(spans) <= FLAT_SPAN
-        with torch.random.fork_rng(devices=[]):
-            seed = stable_hash("image", self.seed, epoch, item)
-            torch.default_generator.manual_seed(seed)  # the CPU's alone
+            image = read_image(self.paths[row], self.image_size)
+        with torch.random.fork_rng(devices=[], enabled=seed is not None):
+            if seed is not None:
+                torch.default_generator.manual_seed(seed)  # the CPU's alone
             image = self.transform(image)
-        if self.split == "test":
+        if self.labels is None:
             return image
         return image, self.labels[row]
-
-    def find_flat(self) -> list[int]:
-        """Return the rows of the first epoch's images that were of nearly one colour."""
-        flat = torch.stack(all_gather(self.flat)).any(dim=0)
-        return flat.nonzero().flatten().tolist()
-
-    def collate(self, samples: list) -> Tensor | list[Tensor]:
-        """Return a batch: images [B, 3, H, W] and labels [B], or images only to "test"."""
-        images = samples if self.split == "test" else [image for image, _ in samples]
-        check_sizes(images)
-        return default_collate(samples)
 
 
 class TolerantDataset(AlasaDataset):
     """The images to predict; one that cannot be read is the AlasaError that says why."""
 
-    def __init__(self, frame: pd.DataFrame, transform=None):
-        super().__init__(frame, "test", transform)
+    def __init__(self, frame: pd.DataFrame, image_size: int = 0):
+        super().__init__(frame, "test", make_transform(image_size), image_size)
 
-    def __getitem__(self, item: int) -> Tensor | AlasaError:
+    def __getitem__(self, index: int) -> Tensor | AlasaError:
         try:
-            return super().__getitem__(item)
+            return super().__getitem__(index)
         except AlasaError as error:
             return error
 
-    def collate(self, samples: list[Tensor | AlasaError]) -> tuple[Tensor, list[str]]:
-        """Return a batch: the images that could be read, and of each sample its error or ""."""
-        images, errors = [], []
-        for sample in samples:
-            if isinstance(sample, AlasaError):
-                errors.append(str(sample))
-            else:
-                errors.append("")
-                images.append(sample)
-        check_sizes(images)
-        stacked = torch.stack(images) if images else torch.empty(0)
-        return stacked, errors
+
+class Draws(Sampler):
+    """This process's share of a random order of the rows, as (row, seed) pairs.
+
+    They depend on (seed, epoch) alone; set `epoch` before each pass.  With `balance`, every
+    class is drawn as often, and a row that is drawn twice has two seeds.
+    """
+
+    def __init__(self, labels: list[int], seed: int, balance: bool = False):
+        self.labels = torch.tensor(labels)
+        self.seed = seed
+        self.balance = balance
+        self.epoch = 1
+
+    def __len__(self) -> int:
+        return len(self.labels) // get_world_size()
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        count, world = len(self.labels), get_world_size()
+        generator = torch.Generator()
+        generator.manual_seed(stable_hash("order", self.seed, self.epoch))
+        rows = torch.randperm(count, generator=generator)
+        if self.balance:
+            weights = (1 / self.labels.bincount())[self.labels]
+            rows = torch.multinomial(weights, count, True, generator=generator)
+        seeds = torch.randint(2**63 - 1, (count,), generator=generator)
+        mine = slice(get_rank(), len(self) * world, world)
+        return iter(zip(rows[mine].tolist(), seeds[mine].tolist()))
+
+
+def collate(samples: list) -> Tensor | list[Tensor]:
+    """Return a batch; AlasaError unless all images have one size."""
+    images = [sample[0] if isinstance(sample, tuple) else sample for sample in samples]
+    sizes = sorted({f"{image.shape[-1]}x{image.shape[-2]}" for image in images})
+    if len(sizes) > 1:
+        mixed = f"a batch has images of {sizes[0]} and of {sizes[1]} pixels"
+        raise AlasaError(f"{mixed}: give --image-size, or to predict --batch-size 1")
+    return torch.utils.data.default_collate(samples)
+
+
+def collate_tolerant(samples: list[Tensor | AlasaError]) -> tuple[Tensor, list[str]]:
+    """Return the images that could be read [B, 3, H, W], and of each sample its error or ""."""
+    images, errors = [], []
+    for sample in samples:
+        if isinstance(sample, AlasaError):
+            errors.append(str(sample))
+        else:
+            errors.append("")
+            images.append(sample)
+    return collate(images) if images else torch.empty(0), errors
+
+
+def trust_images() -> None:
+    """Let Pillow read scans of any size, and not warn of damaged metadata."""
+    Image.MAX_IMAGE_PIXELS = None
+    warnings.filterwarnings("ignore", module="PIL")
 
 
 def start_worker(_: int, gives_way: bool) -> None:
-    """Ignore Ctrl-C, which the main process handles, and warnings of damaged metadata.
+    """Ignore Ctrl-C, which the main process handles.
 
     If it gives way, it decodes when the model leaves processors idle.  Else each thread of
     the model would wait for the one whose processor it takes: twice as long as it works.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    warnings.filterwarnings("ignore", module="PIL")
+    trust_images()
     if gives_way and hasattr(os, "nice"):  # Windows has none
         os.nice(19)
 
 
 def count_workers() -> int:
-    """Return how many workers may decode images of each split: all processors, at most 8;
-    where a GPU does the rest, all but one, at most 16."""
+    """Return how many workers decode images of each split: as many as processors, at most
+    8; where a GPU does the rest, one less, at most 16."""
     processors = os.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):  # a container may have fewer than the machine
         processors = len(os.sched_getaffinity(0))
@@ -741,44 +548,35 @@ def count_workers() -> int:
 
 
 def make_loader(
-    data: AlasaDataset, batch_size: int, workers: int = 0, for_gpu: bool = False
+    data: AlasaDataset,
+    batch_size: int,
+    draws: Draws | None = None,
+    workers: int = 0,
+    for_gpu: bool = False,
 ) -> DataLoader:
     """Return the batches of this process, for a model on the CPU or on a GPU.
 
-    Training: its share of each shuffled batch.  Else: every world-th batch, whole, as the
+    With draws, to train: its share of each batch.  Else: every world-th batch, whole, as the
     size of a batch moves the last bits of its logits, which are to be the same for any
     number of processes.
     """
-    rank, world = get_rank(), get_world_size()
-    if data.split == "train":
-        # Not the seed itself: the sampler adds the epoch to it, so epoch 2 of seed 0 would
-        # have the order of epoch 1 of seed 1.  Of 32 bits, so that the sum has at most 64.
-        seed = stable_hash("order", data.seed) % 2**32
-        sampler = DistributedSampler(data, world, rank, seed=seed, drop_last=True)
-        share = batch_size // world
-        # Batch normalisation cannot train on one image: a last batch of one is left out.
-        batches = BatchSampler(sampler, share, drop_last=len(sampler) % share == 1)
-    else:
+    if draws is None:
         batches = list(BatchSampler(range(len(data)), batch_size, drop_last=False))
-        batches = batches[rank::world]
+        batches = batches[get_rank() :: get_world_size()]
+    else:
+        share = batch_size // get_world_size()
+        # Batch normalisation cannot train on one image: a last batch of one is left out.
+        batches = BatchSampler(draws, share, drop_last=len(draws) % share == 1)
     return DataLoader(
         data,
         batch_sampler=batches,
         num_workers=workers,
         persistent_workers=workers > 0,
         pin_memory=for_gpu,
-        collate_fn=data.collate,
+        collate_fn=collate_tolerant if isinstance(data, TolerantDataset) else collate,
         worker_init_fn=partial(start_worker, gives_way=not for_gpu),
         generator=torch.Generator(),  # else each pass would draw from the global one
     )
-
-
-def begin_pass(loader: DataLoader, epoch: int) -> Iterator:
-    """Return the batches of an epoch, which the workers begin to read at once."""
-    loader.dataset.set_epoch(epoch)
-    if loader.dataset.split == "train":
-        loader.batch_sampler.sampler.set_epoch(epoch)
-    return iter(loader)
 
 
 def show_progress(what: str, step: int, steps: int, began: float) -> None:
@@ -808,14 +606,55 @@ def normalise(images: Tensor, mean=IMAGENET_MEAN, std=IMAGENET_STD) -> Tensor:
     return images.sub_(means).div_(stds)  # in place: five times faster
 
 
-class Float32Conv2d(nn.Conv2d):
-    """A convolution that computes in float32 under autocast too.
+def choose_precision(name: str, device: torch.device, image_size: int) -> str:
+    """Return the precision; "auto" is what the hardware is made for."""
+    is_tiny = device.type == "cpu" and 0 < image_size < LEAST_BF16_SIZE
+    if name == "bf16" and is_tiny:
+        raise AlasaError(f"--precision bf16: a CPU needs {LEAST_BF16_SIZE} pixels")
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        if capability >= (8, 0):
+            return "bf16"
+        if capability >= (7, 0):
+            return "fp16"
+    if (
+        device.type == "cpu"
+        and not is_tiny
+        and hasattr(torch.cpu, "get_capabilities")  # since torch 2.8
+        and torch.cpu.get_capabilities().get("avx512_bf16")
+    ):
+        return "bf16"
+    return "fp32"
 
-    Hidden data change a pixel by one grey level; rounding to bfloat16, by up to 0.45.
-    """
+
+class Classifier(nn.Module):
+    """A torchvision network that takes images [B, 3, H, W] of uint8, or floats that are
+    normalised already, computes in `precision`, and returns float32 logits [B, classes]."""
+
+    def __init__(self, net: nn.Module, mean: list[float], std: list[float]):
+        super().__init__()
+        self.net = net
+        self.mean = mean
+        self.std = std
+        self.precision = "fp32"  # one of DTYPES
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return features [B, C, H, W], in autocast's type if it is on."""
+        device = images.device.type
+        dtype = DTYPES[self.precision]
+        # Images of native size may be tiny, whatever `choose_precision` was told.
+        is_tiny = device == "cpu" and min(images.shape[-2:]) < LEAST_BF16_SIZE
+        in_16_bits = dtype != torch.float32 and not is_tiny
+        images = normalise(images, self.mean, self.std)
+        with torch.autocast(device, dtype, enabled=in_16_bits):
+            return self.net(images).float()
+
+
+class Float32Conv2d(nn.Conv2d):
+    """A convolution that computes in float32 under autocast too."""
+
+    def forward(self, images: Tensor) -> Tensor:
         device = images.device.type
         with torch.autocast(device, enabled=False):
             features = super().forward(images.to(self.weight.dtype))
@@ -825,18 +664,17 @@ class Float32Conv2d(nn.Conv2d):
         return features
 
 
-class LineConv2d(Float32Conv2d):
-    """A convolution that computes in float32 where its input is one pixel high or wide.
+def use_float32(net: nn.Module, device: torch.device) -> None:
+    """Let the stem compute in float32, and on a CPU the depthwise convolutions too.
 
-    In bfloat16 on a CPU, the gradient of weights that see nothing but padding would be what
-    the memory happened to hold (oneDNN, in torch 2.6 to 2.14).
+    The stem, as hidden data change a pixel by one grey level, and rounding to bfloat16 by up
+    to 0.45; the others, as they are up to 1.5 times faster so (EfficientNet, MobileNet).
     """
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Return features [B, C, H, W], in autocast's type if it is on."""
-        if 1 in images.shape[-2:]:
-            return super().forward(images)
-        return nn.Conv2d.forward(self, images)
+    convolutions = [layer for layer in net.modules() if isinstance(layer, nn.Conv2d)]
+    for layer in convolutions:
+        is_depthwise = layer.groups == layer.in_channels > 1
+        if layer is convolutions[0] or (is_depthwise and device.type == "cpu"):
+            layer.__class__ = Float32Conv2d  # same weights, same names, another forward
 
 
 def input_preset(arch: str, weights: str):
@@ -853,73 +691,41 @@ def input_preset(arch: str, weights: str):
     return known.get(weights, known["DEFAULT"]).transforms()
 
 
-def default_image_size(arch: str, weights: str) -> int:
-    """Return 224; for a vision transformer, which has one size, that of the weights."""
-    preset = input_preset(arch, weights)
-    if not arch.startswith("vit_"):
-        return 224
-    if os.path.isfile(weights):
-        state, _ = load_pretrained(arch, weights)
-        patch_size = int(arch.rsplit("_", maxsplit=1)[-1])
-        if "encoder.pos_embedding" in state:  # [1, 1 + patches, width]
-            patches = state["encoder.pos_embedding"].shape[1] - 1
-            return math.isqrt(patches) * patch_size
-    return preset.crop_size[0]
-
-
 def build_model(
     arch: str,
     num_classes: int,
     weights: str = "DEFAULT",
     full_res_stem: bool = False,
-    image_size: int = 0,
     class_names: list[str] | None = None,
-) -> nn.Module:
-    """Return a torchvision classifier with pretrained weights and a new last layer.
-
-    It takes images [B, 3, H, W] and returns logits [B, num_classes].  Images of uint8 are
-    scaled by its attributes `mean` and `std`, those of the weights; floats are not.
+    device: str | torch.device = "cpu",
+) -> Classifier:
+    """Return a classifier with pretrained weights and a new last layer, in evaluation mode.
 
     `weights` is a name of torchvision's, a file, or "none".  A last layer of the right shape
     is kept if its classes are `class_names`, or if a file does not tell them.
     `full_res_stem` sets the stride of the first convolution, and of pooling right behind it,
-    to 1, so that the stem keeps every pixel.  `image_size` is for vision transformers, which
-    are made for one size.
+    to 1, so that the stem keeps every pixel.
     """
     preset = input_preset(arch, weights)
-    options = {"num_classes": num_classes}
-    if arch.startswith("vit_") and image_size > 0:
-        options["image_size"] = image_size
-    with explain(f"--arch {arch}"):
-        model = torchvision.models.get_model(arch, **options)
+    net = torchvision.models.get_model(arch, num_classes=num_classes)
     if full_res_stem:
-        keep_stem_resolution(model, arch)
+        keep_stem_resolution(net)
     if weights != "none":
         state, trained_classes = load_pretrained(arch, weights)
         same_classes = trained_classes is None or trained_classes == class_names
-        with explain(f"--weights {weights}"):
-            load_state(model, state, same_classes)
-    convolutions = [layer for layer in model.modules() if isinstance(layer, nn.Conv2d)]
-    for layer in convolutions:
-        if layer.kernel_size != (1, 1):
-            layer.__class__ = LineConv2d  # same weights, same names, another forward
-    convolutions[0].__class__ = Float32Conv2d
-    model.mean, model.std = list(preset.mean), list(preset.std)
-    model.register_forward_pre_hook(normalise_input)
-    return model.to(memory_format=torch.channels_last)
+        with explain(f"--weights {weights}, --arch {arch}"):
+            load_state(net, state, same_classes)
+    use_float32(net, torch.device(device))
+    net = net.to(device, memory_format=torch.channels_last)
+    return Classifier(net, list(preset.mean), list(preset.std)).eval()
 
 
-def normalise_input(model: nn.Module, inputs: tuple[Tensor]) -> Tensor:
-    """Scale the images that are about to enter a model of `build_model`."""
-    return normalise(inputs[0], model.mean, model.std)
-
-
-def keep_stem_resolution(model: nn.Module, arch: str) -> None:
+def keep_stem_resolution(net: nn.Module) -> None:
     """Set the stride of the stem to 1; AlasaError if it is not 2."""
     kinds = nn.Conv2d | nn.MaxPool2d
-    layers = [layer for layer in model.modules() if isinstance(layer, kinds)]
+    layers = [layer for layer in net.modules() if isinstance(layer, kinds)]
     if layers[0].stride != (2, 2):
-        raise AlasaError(f"--full-res-stem: {arch} has no stem of stride 2")
+        raise AlasaError("--full-res-stem: this architecture has no stem of stride 2")
     layers[0].stride = (1, 1)
     if isinstance(layers[1], nn.MaxPool2d):
         layers[1].stride = 1
@@ -944,8 +750,7 @@ def load_pretrained(
     """Return the state dict of torchvision's weights of that name, or of a file, and the
     classes that it was trained on, if they are known.
 
-    A file may be a checkpoint of train.py or another tool's, if its parameters have
-    torchvision's names.
+    A file is a checkpoint of train.py, or a state dict whose names are torchvision's.
     """
     known = torchvision.models.get_model_weights(arch).__members__
     if weights in known:
@@ -953,37 +758,21 @@ def load_pretrained(
         with explain(f"cannot load {known[weights].url}; put it into {cache}"):
             model = torchvision.models.get_model(arch, weights=weights)
         return model.state_dict(), known[weights].meta["categories"]
-    what = f"--weights {weights}: not a file of weights nor of {list(known)}"
-    with explain(what), torch.serialization.safe_globals([Namespace]):
-        content = torch.load(weights, map_location="cpu", weights_only=True)
-        args, trained_classes = content.get("args"), content.get("classes")
-        if isinstance(args, dict) and args.get("arch", arch) != arch:
-            raise ValueError(f"it was trained with --arch {args['arch']}")
-        state = content
-        for wrapper in ("model", "state_dict", "model_state_dict"):
-            if isinstance(content.get(wrapper), dict):
-                state = content[wrapper]
-                break
-        # What wrapped the model left its prefix; two may have, in any order.
-        for prefix in 2 * ("module.", "_orig_mod.", "model."):
-            consume_prefix_in_state_dict_if_present(state, prefix)
-        for key in list(state):
-            # torchvision's file of densenet has "denselayer1.norm.1" for "denselayer1.norm1".
-            new_key = re.sub(r"(denselayer\d+\.\w+)\.([12])\.", r"\1\2.", key)
-            state[new_key] = state.pop(key)
-        return state, trained_classes
+    with explain(f"--weights {weights}: not a file of weights, nor of {list(known)}"):
+        try:
+            content = torch.load(weights, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError:
+            advice = "save its state dict alone: torch.save(model.state_dict(), file)"
+            raise AlasaError(f"it holds more than tensors; {advice}") from None
+        state = content.get("model", content.get("state_dict", content))
+        consume_prefix_in_state_dict_if_present(state, "module.")
+        return state, content.get("classes")
 
 
-def load_state(model: nn.Module, state: dict[str, Tensor], same_classes: bool) -> None:
-    """Load a state dict, whose last layer gives way to the model's if it does not fit."""
-    if isinstance(model, VisionTransformer):
-        size, patch = model.image_size, model.patch_size
-        state.update(interpolate_embeddings(size, patch, state))
-    unknown = sorted(state.keys() - model.state_dict().keys())
-    if unknown:
-        raise ValueError(f"it has {unknown[:3]}, which this architecture has not")
-    name = find_head(model)
-    new_head = model.get_submodule(name).state_dict(prefix=f"{name}.")
+def load_state(net: nn.Module, state: dict[str, Tensor], same_classes: bool) -> None:
+    """Load a state dict, whose last layer gives way to the network's if it does not fit."""
+    name = find_head(net)
+    new_head = net.get_submodule(name).state_dict(prefix=f"{name}.")
     same_shapes = all(
         key in state and state[key].shape == tensor.shape
         for key, tensor in new_head.items()
@@ -993,125 +782,21 @@ def load_state(model: nn.Module, state: dict[str, Tensor], same_classes: bool) -
     else:
         print0(f"the last layer, {name}, is new")
         state.update(new_head)
-    model.load_state_dict(state)
+    net.load_state_dict(state)
 
 
-def restore_model(checkpoint: dict) -> nn.Module:
-    """Return the model of a checkpoint of train.py."""
-    args = checkpoint["args"]
+def restore_model(checkpoint: dict, device: str | torch.device = "cpu") -> Classifier:
+    """Return the model of a checkpoint of train.py, in evaluation mode."""
+    args, classes = checkpoint["args"], checkpoint["classes"]
     model = build_model(
-        args["arch"],
-        len(checkpoint["classes"]),
-        "none",
-        full_res_stem=args["full_res_stem"],
-        image_size=args["image_size"],
+        args["arch"], len(classes), "none", args["full_res_stem"], device=device
     )
-    model.load_state_dict(checkpoint["model"])
+    model.net.load_state_dict(checkpoint["model"])
     model.mean, model.std = checkpoint["mean"], checkpoint["std"]
     return model
 
 
-# ---------------------------------------------------------------- several processes
-
-
-def get_rank() -> int:
-    """Return which of torchrun's processes this is, 0 without it."""
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def get_world_size() -> int:
-    """Return how many processes torchrun started, 1 without it."""
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def print0(text: str) -> None:
-    """Print in one process only."""
-    if get_rank() == 0:
-        print(text, flush=True)
-
-
-def all_gather(value: object) -> list:
-    """Return the value of every process, by rank."""
-    values = [value] * get_world_size()
-    if len(values) > 1:
-        dist.all_gather_object(values, value)
-    return values
-
-
-def gather_batches(mine: list) -> list:
-    """Return the results of all batches in order, which were dealt to the processes in turn:
-    [[0, 2, 4], [1, 3]] gives [0, 1, 2, 3, 4]."""
-    rounds = itertools.zip_longest(*all_gather(mine))
-    return [result for dealt in rounds for result in dealt if result is not None]
-
-
-def average_gradients(model: nn.Module) -> None:
-    """Replace each gradient by its mean over the processes.
-
-    Not by DistributedDataParallel: it regroups the gradients after its first step, so that
-    a resumed run rounds differently, and what is frozen cannot change.  The weights are the
-    same in all processes from the start, as all seed alike.
-    """
-    world = get_world_size()
-    if world == 1:
-        return
-    parameters = [p for p in model.parameters() if p.grad is not None]
-    flat = torch.cat([p.grad.flatten() for p in parameters])
-    dist.all_reduce(flat)
-    means = (flat / world).split([p.numel() for p in parameters])
-    for parameter, mean in zip(parameters, means):
-        parameter.grad.copy_(mean.view_as(parameter))
-
-
-def share_buffers(model: nn.Module) -> None:
-    """Give all processes the batch statistics of the first one: each trained its own."""
-    if get_world_size() > 1:
-        for buffer in model.buffers():
-            dist.broadcast(buffer, src=0)
-
-
-def start_process(name: str) -> torch.device:
-    """Return the device to work on; under torchrun, join the other processes."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and dist.is_torchelastic_launched():
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
-    with explain(f"--device {name}"):
-        device = torch.empty(0, device=name).device
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-    # Not by WORLD_SIZE: one left over in the environment would make this wait for ever.
-    if dist.is_torchelastic_launched() and not dist.is_initialized():
-        dist.init_process_group()
-    return device
-
-
-def choose_precision(name: str, device: torch.device) -> str:
-    """Return the precision; "auto" is what the hardware is made for."""
-    if name != "auto":
-        return name
-    if device.type == "cuda":
-        capability = torch.cuda.get_device_capability(device)
-        if capability >= (8, 0):
-            return "bf16"
-        if capability >= (7, 0):
-            return "fp16"
-    if (
-        device.type == "cpu"
-        and hasattr(torch.cpu, "get_capabilities")  # since torch 2.8
-        and torch.cpu.get_capabilities().get("avx512_bf16")
-    ):
-        return "bf16"
-    return "fp32"
-
-
 # ---------------------------------------------------------------- one epoch
-
-
-def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """Return the context in which a model computes in this precision, one of DTYPES."""
-    enabled = precision != "fp32"
-    return torch.autocast(device.type, DTYPES[precision], enabled=enabled)
 
 
 def set_training_mode(model: nn.Module, keep_batch_norm: bool) -> None:
@@ -1120,67 +805,61 @@ def set_training_mode(model: nn.Module, keep_batch_norm: bool) -> None:
     That is all of it where the head alone is trained, so that nothing is dropped out
     either, and all batch normalisation if `keep_batch_norm`.
     """
-    head = find_head(model)
-    trained = [name for name, p in model.named_parameters() if p.requires_grad]
-    head_alone = all(name.startswith(f"{head}.") for name in trained)
-    model.train(not head_alone)
+    first_parameter = next(model.parameters())
+    model.train(first_parameter.requires_grad)
     if keep_batch_norm:
         for layer in model.modules():
             if isinstance(layer, nn.BatchNorm2d):
                 layer.eval()
 
 
-class BadLoss(AlasaError):
-    """A training loss that is not finite; `step` counts the epoch's batches from 1.
-
-    train.py adds the epoch and the images.
-    """
-
-    def __init__(self, loss: float, step: int):
-        super().__init__(f"the loss became {loss} in batch {step}")
-        self.step = step
-
-
 def train_one_epoch(
     model: nn.Module,
-    batches: Iterable[tuple[Tensor, Tensor]],
+    batches: Batches,
     criterion,
     optimizer: torch.optim.Optimizer,
     scheduler=None,
     scaler: torch.amp.GradScaler | None = None,
-    precision: str = "fp32",
     keep_batch_norm: bool = False,
+    name: str = "training",
 ) -> dict[str, float]:
     """Train on every batch once; return train_loss and train_accuracy.
 
     Both are computed, as in `evaluate`, from the logits of all images, which were collected
     in training, each before its step's update.  `batches` has a length.  `scheduler` steps
-    with each batch; `scaler` is for fp16.  BadLoss if the loss of a batch is not finite.
+    with each batch; `scaler` is for fp16; `name`, for messages.  AlasaError if the
+    loss of a batch is not finite.
     """
     device = next(model.parameters()).device
     scaler = scaler or torch.amp.GradScaler(device.type, enabled=False)
     set_training_mode(model, keep_batch_norm)
     if isinstance(criterion, nn.Module):
         criterion.train()
+    if dist.is_initialized():
+        # Anew in each epoch: it groups gradients by what is frozen, and after its first
+        # step in another way, which a resumed run would not know.
+        model = DistributedDataParallel(model)
     all_logits, all_labels = [], []
     began = time.monotonic()
     for step, (images, labels) in enumerate(batches, start=1):
         labels = labels.to(device, non_blocking=True)
-        with autocast(device, precision):
-            logits = model(images.to(device, non_blocking=True)).float()
+        logits = model(images.to(device, non_blocking=True))
         batch_loss = criterion(logits, labels)
         if not batch_loss.isfinite():
-            raise BadLoss(batch_loss.item(), step)
+            what = f"{name}, batch {step}: the loss became {batch_loss.item()}"
+            raise AlasaError(what)
         optimizer.zero_grad()
         scaler.scale(batch_loss).backward()
-        average_gradients(model)
         scaler.step(optimizer)
         scaler.update()
         if scheduler is not None:
             scheduler.step()
         all_logits.append(logits.detach().cpu())
         all_labels.append(labels.cpu().clone())  # a worker's holds a file open
-        show_progress(f"training, loss {batch_loss:.4f}", step, len(batches), began)
+        show_progress(f"{name}, loss {batch_loss:.4f}", step, len(batches), began)
+    if dist.is_initialized():
+        for buffer in model.buffers():  # batch statistics, of each process its own
+            dist.broadcast(buffer, src=0)
     epoch_logits = torch.cat(gather_batches(all_logits))
     epoch_labels = torch.cat(gather_batches(all_labels))
     loss = total_loss(criterion, epoch_logits, epoch_labels, device)
@@ -1189,9 +868,7 @@ def train_one_epoch(
 
 
 @torch.no_grad()
-def total_loss(
-    criterion, logits: Tensor, labels: Tensor, device: torch.device
-) -> float:
+def total_loss(criterion, logits: Tensor, labels: Tensor, device) -> float:
     """Return the criterion, out of training mode, of all logits [N, classes] at once."""
     if isinstance(criterion, nn.Module):
         criterion.eval()
@@ -1199,21 +876,15 @@ def total_loss(
 
 
 @torch.inference_mode()
-def infer(
-    model: nn.Module,
-    batches: Iterable[tuple[Tensor, object]],
-    precision: str = "fp32",
-    views: int = 1,
-) -> tuple[Tensor, list]:
+def infer(model: nn.Module, batches: Batches, views: int = 1) -> tuple[Tensor, list]:
     """Return the logits of all images in order, over all processes: float32 [N, classes],
     and of each batch its extras, which stood beside the images: labels, or errors.
 
     The logits are the mean over the first `views` of `d4_view`: test-time augmentation.
-    The model ends in evaluation mode, with the batch statistics of the first process.
+    The model ends in evaluation mode.
     """
     device = next(model.parameters()).device
     model.eval()
-    share_buffers(model)
     all_logits, all_extras = [], []
     began = time.monotonic()
     for step, (images, extras) in enumerate(batches, start=1):
@@ -1221,32 +892,16 @@ def infer(
         batch_logits = torch.empty(0)  # of no image: it keeps the batch's place
         if len(images) > 0:
             images = images.to(device, non_blocking=True)
-            batch_logits = mean_logits(model, images, precision, views).cpu()
+            seen = [model(d4_view(images, view)) for view in range(views)]
+            batch_logits = torch.stack(seen).mean(dim=0).cpu()
         all_logits.append(batch_logits)
         show_progress("evaluation", step, len(batches), began)
     return torch.cat(gather_batches(all_logits)), gather_batches(all_extras)
 
 
-def mean_logits(model: nn.Module, images: Tensor, precision: str, views: int) -> Tensor:
-    """Return the mean over the views of the logits of a batch; AlasaError if the model
-    cannot take such images, which may be too small for it."""
-    logits = []
-    what = "the model cannot take such images"
-    with explain(what, (RuntimeError, ValueError, AssertionError)):
-        for view in range(views):
-            with autocast(images.device, precision):
-                logits.append(model(d4_view(images, view)).float())
-    return torch.stack(logits).mean(dim=0)
-
-
-def evaluate(
-    model: nn.Module,
-    batches: Iterable[tuple[Tensor, Tensor]],
-    criterion,
-    precision: str = "fp32",
-) -> dict[str, float]:
+def evaluate(model: nn.Module, batches: Batches, criterion) -> dict[str, float]:
     """Return valid_loss, valid_accuracy, auc and wauc of labelled images."""
-    logits, batch_labels = infer(model, batches, precision)
+    logits, batch_labels = infer(model, batches)
     labels = torch.cat(batch_labels)
     device = next(model.parameters()).device
     loss = total_loss(criterion, logits, labels, device)
@@ -1353,85 +1008,23 @@ def best_epoch(history: list[dict[str, float]], monitor: str) -> int:
 def atomic_write(path: str) -> Iterator[IO[bytes]]:
     """Open a file that replaces `path` once it is whole, or not at all, even if the disk is
     full or the power fails."""
-    part = temporary_path(path)
+    part = Path(f"{path}.part")
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise AlasaError(f"{path}: cannot be written: not a file")  # /dev/null, say
     try:
         with open(part, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
-    except OSError as error:
-        raise AlasaError(f"{path}: cannot be written: {error}") from error
-    except RuntimeError as error:
-        # torch.save raises it in place of what happened to the file, or of Ctrl-C.
+    except (OSError, RuntimeError) as error:
+        # torch.save raises a RuntimeError in place of what happened.
         cause = error.__context__ or error
         if isinstance(cause, KeyboardInterrupt):
             raise cause from None
         raise AlasaError(f"{path}: cannot be written: {cause}") from error
     finally:
         part.unlink(missing_ok=True)
-
-
-def temporary_path(path: str) -> Path:
-    """Return the file that becomes `path`; AlasaError if that is no file, as /dev/null."""
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise AlasaError(f"{path}: cannot be written: not a regular file")
-    return Path(f"{path}.{os.getpid()}.part")  # other processes have others
-
-
-def check_writable(path: str) -> None:
-    """Raise AlasaError if `atomic_write` could not even begin to write."""
-    part = temporary_path(path)
-    with explain(f"{path}: cannot be written"):
-        part.touch()
-        part.unlink()
-
-
-@contextlib.contextmanager
-def run_folder(folder: str) -> Iterator[None]:
-    """Keep the folder of a run for this process alone, until the block ends or it dies.
-
-    AlasaError if another run is writing there, or if a file of a run cannot be written.
-    Where no epoch was saved, nothing is left behind, but for new parents of the folder.
-    """
-    if get_rank() > 0:
-        yield
-        return
-    is_new = not os.path.exists(folder)
-    has_batch = os.path.exists(f"{folder}/batch.png")
-    with explain(f"--out {folder}"):
-        os.makedirs(folder, exist_ok=True)
-        check_writable(f"{folder}/.alasa.lock")
-    with open(f"{folder}/.alasa.lock", "w") as lock:
-        take_lock(lock, folder)
-        try:
-            for name in RUN_FILES:
-                check_writable(f"{folder}/{name}")
-                for part in Path(folder).glob(f"{name}.*.part"):
-                    part.unlink()  # of a run that was killed
-            yield
-        finally:
-            # batch.png alone is written before an epoch ends.
-            if not has_batch and not os.path.exists(f"{folder}/last.pt"):
-                Path(f"{folder}/batch.png").unlink(missing_ok=True)
-            with contextlib.suppress(PermissionError):  # of Windows, as it is open
-                Path(f"{folder}/.alasa.lock").unlink(missing_ok=True)
-            if is_new and not os.listdir(folder):
-                os.rmdir(folder)
-
-
-def take_lock(lock: IO[str], folder: str) -> None:
-    """Lock an open file until it is closed or this process dies, even by SIGKILL."""
-    if fcntl is None:
-        return
-    try:
-        # Not flock, which forked workers would hold for seconds after this process died.
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        what = f"--out {folder}: another run is writing there"
-        raise AlasaError(what) from None
-    except OSError:  # some network file systems have no locks
-        print0(f"warning: {folder} cannot be locked against a second run")
 
 
 def load_checkpoint(path: str) -> dict:
@@ -1441,37 +1034,13 @@ def load_checkpoint(path: str) -> dict:
         if damaged:
             raise ValueError(f"{damaged} is damaged")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        needed = {"model", "classes", "args", "history", "data", "mean", "std"}
-        lacking = needed - checkpoint.keys()
-        if lacking:
-            raise ValueError(f"it has no {sorted(lacking)}")
+        if not {"model", "classes", "args", "rows_hash"} <= checkpoint.keys():
+            raise ValueError("it is of another program, or of an earlier version")
         return checkpoint
 
 
-# ---------------------------------------------------------------- pictures
-
-
-def short_name(name: str, most: int = 24) -> str:
-    """Return a class name as a figure can show it."""
-    name = "".join(mark if mark.isprintable() else "?" for mark in name)
-    if len(name) > most:
-        name = name[: most - 1] + "\u2026"
-    # Matplotlib reads "$" as a formula, and leaves names that begin with "_" out of legends.
-    if name.startswith("_"):
-        name = f" {name}"
-    return name.replace("$", r"\$")
-
-
-def new_figure(width: float, height: float, layout: str | None = None):
-    """Return a Matplotlib figure of that size in inches, without a window."""
-    # Here, as a notebook's MPLBACKEND can make the import fail, unless `as_script` is first.
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), layout=layout)
-
-
 def draw_images(
-    figure, columns: int, images: list[np.ndarray], titles: list[str]
+    figure: Figure, columns: int, images: list[np.ndarray], titles: list[str]
 ) -> None:
     """Show images [H, W, 3] with their titles in rows of so many."""
     rows = math.ceil(len(images) / columns)
@@ -1480,50 +1049,23 @@ def draw_images(
         axes.set_axis_off()
     for axes, image, title in zip(every_axes, images, titles):
         axes.imshow(image)
-        axes.set_title(title, fontsize=8)
+        axes.set_title(title, fontsize=8, parse_math=False)
 
 
 # ---------------------------------------------------------------- scripts
 
 
-def number(kind: type, least: float, most: float = 2**31 - 1):
+def in_range(kind: type, least: float, most: float = math.inf):
     """Return the `type` of an argparse flag that is an int or a float within a range."""
 
-    def parse(text: str) -> float:
+    def number(text: str) -> float:
         """Return the number; argparse tells its user of a ValueError in one line."""
         value = kind(text)
         if not least <= value <= most:  # true of NaN too
-            raise ArgumentTypeError(f"{value} is out of range")
+            raise ArgumentTypeError(f"{text} is not in {least}..{most}")
         return value
 
-    parse.__name__ = kind.__name__  # as argparse calls it: "invalid int value"
-    return parse
-
-
-NEED_LESS_MEMORY = "give a lower --batch-size or --image-size"
-ADVICE = {
-    "out of memory": NEED_LESS_MEMORY,
-    "ALLOC_FAILED": NEED_LESS_MEMORY,
-    "MemoryError": NEED_LESS_MEMORY,
-    "can't allocate memory": NEED_LESS_MEMORY,
-    "DataLoader worker (pid": "a worker was lost, try --workers 0",
-    "file </torch_": "no room for shared memory, try --workers 0",
-    "Too many open files": "try --workers 0",
-}
-
-
-def one_line(error: Exception) -> str | None:
-    """Return what to tell of a fault that the user can mend; None of a bug."""
-    # A worker's error is "Caught AlasaError in … Traceback … alasa.AlasaError: message".
-    message = str(error).rsplit("alasa.AlasaError: ", maxsplit=1)[-1]
-    message = " ".join(message.split()) or type(error).__name__
-    if isinstance(error, RuntimeError | MemoryError | OSError | AlasaError):
-        for sign, advice in ADVICE.items():
-            if sign in message:
-                return f"{advice}: {message[:300]}"
-    if isinstance(error, AlasaError | OSError):
-        return message
-    return None
+    return number
 
 
 def tune_process() -> None:
@@ -1537,45 +1079,38 @@ def tune_process() -> None:
     # Weights that die out become so small that a processor takes 25 times as long for them.
     torch.set_flush_denormal(True)
     gc.freeze()  # else each collection copies the memory that forked workers share
-    os.environ["MPLBACKEND"] = "agg"  # a notebook's may not be installed
-    pd.options.mode.string_storage = "python"  # Arrow cannot hold every file name
-    # Pillow warns of damaged metadata, Matplotlib of letters that its font lacks.
-    warnings.filterwarnings("ignore", module="PIL")
-    warnings.filterwarnings("ignore", message="Glyph .* missing")
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # the caller closed it
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
-    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has it not
-        sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
+    trust_images()
+    warnings.filterwarnings(
+        "ignore", message="Glyph .* missing"
+    )  # of Matplotlib's font
+
+
+# What to do, by a part of the message.
+ADVICE = {
+    "out of memory": "give a lower --batch-size or --image-size",
+    "DataLoader worker (pid": "a worker was lost: try --workers 0",
+    "file </torch_": "no room for shared memory: try --workers 0",
+    "not a readable image": "--check-images lists all such images",
+    "the loss became": "lower the rates, and begin with --weights runs/best.pt",
+}
 
 
 @contextlib.contextmanager
 def as_script(advice: str = "") -> Iterator[None]:
-    """Tune the process, and end it: a fault that the user can mend is told in one line,
-    and Ctrl-C with an advice.
-
-    The exit code is 2 for such a fault, 130 for Ctrl-C, else that of sys.exit, or 0.
-    """
+    """Tune the process; tell in one line what the user can mend, with exit code 2, and of
+    Ctrl-C with an advice, with 130."""
     tune_process()
-    code = 0
     try:
         yield
-    except SystemExit as stop:
-        code = stop.code or 0
     except KeyboardInterrupt:
         print(f"interrupted{advice}", file=sys.stderr)
-        code = 130
+        sys.exit(130)
     except Exception as error:
-        line = one_line(error)
-        if line is None:
-            raise
-        print("error:", line, file=sys.stderr)
-        code = 2
-    if "IPython" in sys.modules:  # %run: the notebook's process goes on
-        sys.exit(code)
-    for worker in multiprocessing.active_children():
-        worker.kill()  # else it would live on for seconds, and hold the pipes
-    with contextlib.suppress(OSError):  # a pipe whose reader has gone
-        sys.stdout.flush()
-        sys.stderr.flush()
-    os._exit(code)  # all is written, and torch takes a second to tear itself down
+        text = str(error)
+        advices = [advice for sign, advice in ADVICE.items() if sign in text]
+        if not advices and not isinstance(error, AlasaError | OSError):
+            raise  # a bug keeps its traceback
+        # A worker's error is a traceback, and in its last line "alasa.AlasaError: ...".
+        message = text.strip().rsplit("\n", 1)[-1].removeprefix("alasa.AlasaError: ")
+        print("error:", "; ".join([message, *advices]), file=sys.stderr)
+        sys.exit(2)

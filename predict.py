@@ -5,6 +5,7 @@ python predict.py --checkpoint runs/best.pt --test-csv test.csv --tta
 python predict.py photo1.jpg photo2.jpg some-folder
 """
 
+import math
 import os
 import sys
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
@@ -13,7 +14,8 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.distributed as dist
-from sklearn.metrics import classification_report, confusion_matrix, roc_curve
+from matplotlib.figure import Figure
+from sklearn import metrics
 from torch import Tensor
 
 import alasa
@@ -29,14 +31,16 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     """Return the flags, by default those of the command line."""
     parser = ArgumentParser(
         description="Predict with a checkpoint of train.py; by default, the demo's.",
+        usage="%(prog)s [flags] [images]; -h lists them",
         formatter_class=ArgumentDefaultsHelpFormatter,
     )
-    count = alasa.number(int, 0)
+    count = alasa.in_range(int, 0)
     workers = alasa.count_workers()
     precisions = ["auto", *alasa.DTYPES]
+    test_csv_help = "CSV or folder; None: test.csv beside the training CSV, or held out"
     add = parser.add_argument_group("images").add_argument
     add("images", nargs="*", help="image files and folders; none: those of --test-csv")
-    add("--test-csv", help="a CSV or a folder; None: test.csv beside the training CSV")
+    add("--test-csv", help=test_csv_help)
     add("--image-column", help="None: as in training")
     add("--label-column", help="None: as in training; labels are scored, not needed")
     add("--image-root", help="where relative images start; None: as in training")
@@ -54,30 +58,29 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     return args
 
 
-def default_test_csv(trained_args: Namespace) -> str:
-    """Return the test.csv beside the training CSV, or the test folder beside its folder."""
-    folder = os.path.dirname(trained_args.train_csv.rstrip("/"))
-    name = "test" if os.path.isdir(trained_args.train_csv) else "test.csv"
-    return os.path.join(folder, name)
+def find_test_csv(checkpoint_path: str, train_csv: str) -> str:
+    """Return the test.csv beside the training CSV, or the test folder beside its folder; if
+    there is none, the images that training held out."""
+    name = "test" if os.path.isdir(train_csv) else "test.csv"
+    beside = os.path.join(os.path.dirname(train_csv.rstrip("/")), name)
+    held_out = os.path.join(os.path.dirname(checkpoint_path), "valid.csv")
+    for path in (beside, held_out):
+        if os.path.exists(path):
+            return path
+    raise AlasaError(f"there is no {beside}: give --test-csv, or images")
 
 
-def read_inputs(args: Namespace, trained_args: Namespace) -> pd.DataFrame:
+def read_inputs(args: Namespace, trained: Namespace) -> pd.DataFrame:
     """Return the images to predict, one a row, with labels where there are any."""
     if args.images:
         return read_arguments(args.images)
-    test_csv = args.test_csv or default_test_csv(trained_args)
-    if not os.path.exists(test_csv):
-        raise AlasaError(f"there is no {test_csv}: give --test-csv, or images")
-    image_root = trained_args.image_root if args.image_root is None else args.image_root
-    frame = alasa.read_rows(
-        test_csv,
-        args.image_column or trained_args.image_column,
-        args.label_column or trained_args.label_column,
-        image_root,
+    return alasa.read_rows(
+        args.test_csv or find_test_csv(args.checkpoint, trained.train_csv),
+        args.image_column or trained.image_column,
+        args.label_column or trained.label_column,
+        trained.image_root if args.image_root is None else args.image_root,
+        needs_labels=args.label_column is not None,
     )
-    if args.label_column and "label" not in frame:
-        raise AlasaError(f"{test_csv}: has no column {args.label_column!r}")
-    return frame
 
 
 def read_arguments(paths: list[str]) -> pd.DataFrame:
@@ -90,47 +93,34 @@ def read_arguments(paths: list[str]) -> pd.DataFrame:
         else:
             image = {"image": path, "path": path}
             frames.append(pd.DataFrame(image, index=[f"image {position}"]))
-    frame = pd.concat(frames)
-    if "label" in frame:
-        frame["label"] = frame["label"].fillna("")
-    return frame
-
-
-def check_outputs(inputs: list[str], outputs: list[str]) -> None:
-    """Raise AlasaError if an output would replace an input or cannot be written."""
-    read = {os.path.realpath(path) for path in inputs}
-    for path in outputs:
-        if os.path.realpath(path) in read or outputs.count(path) > 1:
-            raise AlasaError(f"--output: {path} would replace an input, or itself")
-        alasa.check_writable(path)
+    return pd.concat(frames).fillna("")  # the label of a file
 
 
 def predict_logits(
-    frame: pd.DataFrame, checkpoint: dict, args: Namespace, trained_args: Namespace
+    frame: pd.DataFrame, checkpoint: dict, args: Namespace, trained: Namespace
 ) -> tuple[Tensor, np.ndarray]:
     """Return for all images the logits [N, classes], and the error or "" [N].
 
     The logits of an image that could not be read are NaN.
     """
     device = alasa.start_process(args.device)
-    precision = alasa.choose_precision(args.precision or trained_args.precision, device)
-    data = alasa.TolerantDataset(frame, alasa.make_transform(trained_args.image_size))
-    batch_size = args.batch_size or trained_args.batch_size
+    data = alasa.TolerantDataset(frame, trained.image_size)
+    batch_size = args.batch_size or trained.batch_size
     for_gpu = device.type == "cuda"
-    loader = alasa.make_loader(data, batch_size, args.workers, for_gpu)
+    loader = alasa.make_loader(data, batch_size, None, args.workers, for_gpu)
     batches = iter(loader)  # forks the workers, before the model makes the heap grow
-    with alasa.preserved_globals():
-        alasa.seed_everything(trained_args.seed)
-        model = alasa.restore_model(checkpoint).to(device)
-        views = alasa.VIEWS[trained_args.augment] if args.tta else 1
-        if args.tta and views == 1:
-            print("--tta changes nothing, as training had --augment none")
-        read_logits, batch_errors = alasa.infer(model, batches, precision, views)
+    alasa.seed_everything(trained.seed)
+    model = alasa.restore_model(checkpoint, device)
+    model.precision = alasa.choose_precision(
+        args.precision or trained.precision, device, trained.image_size
+    )
+    views = alasa.VIEWS[trained.augment] if args.tta else 1
+    read_logits, batch_errors = alasa.infer(model, batches, views)
 
-    errors = np.concatenate([np.array(part, dtype=object) for part in batch_errors])
-    logits = torch.full((len(frame), len(checkpoint["classes"])), torch.nan)
+    errors = np.array([error for part in batch_errors for error in part], dtype=object)
     read = torch.from_numpy(errors == "")
-    if len(read_logits) > 0:
+    logits = torch.full((len(frame), len(checkpoint["classes"])), torch.nan)
+    if read.any():
         logits[read] = read_logits
     overflowed = read & ~logits.isfinite().all(dim=1)
     errors[overflowed.numpy()] = "the model's logits are not finite"
@@ -156,12 +146,15 @@ def make_table(
 
 
 def print_report(labels: np.ndarray, logits: Tensor, classes: list[str]) -> None:
-    """Print the scores, each class's, and what is most often taken for what."""
-    print(alasa.describe(alasa.score(labels, logits)))
+    """Print the scores that are defined, each class's, and what is most often taken for
+    what."""
+    scores = alasa.score(labels, logits)
+    defined = {name: value for name, value in scores.items() if not math.isnan(value)}
+    print(alasa.describe(defined))
     predicted = logits.argmax(1).numpy()
     if len(classes) <= MOST_NAMES:
         numbers = range(len(classes))
-        report = classification_report(
+        report = metrics.classification_report(
             labels, predicted, labels=numbers, target_names=classes, zero_division=0
         )
         print(report)
@@ -172,126 +165,113 @@ def print_report(labels: np.ndarray, logits: Tensor, classes: list[str]) -> None
         print(f"{classes[true]} taken for {classes[taken_for]}: {count} of {total}")
 
 
-def plot_confusion(
-    ax, labels: np.ndarray, predicted: np.ndarray, classes: list[str]
-) -> None:
-    """Draw which share of each class was taken for which; names and counts if they fit."""
-    numbers = range(len(classes))
-    counts = confusion_matrix(labels, predicted, labels=numbers)
-    shares = counts / counts.sum(axis=1, keepdims=True).clip(min=1)
-    ax.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    ax.set(title="confusion matrix", xlabel="predicted class", ylabel="true class")
-    if len(classes) <= MOST_NAMES:
-        names = [alasa.short_name(name) for name in classes]
-        ax.set_xticks(numbers, names, rotation=90)
-        ax.set_yticks(numbers, names)
-    if len(classes) <= MOST_COUNTS:
-        for true, taken_for in np.ndindex(counts.shape):
-            color = "white" if shares[true, taken_for] > 0.5 else "black"
-            count = counts[true, taken_for]
-            ax.text(taken_for, true, count, ha="center", va="center", color=color)
-
-
-def plot_roc(ax, labels: np.ndarray, logits: Tensor, classes: list[str]) -> None:
-    """Draw each class's ROC curve against the rest; of two classes, only the second's."""
-    candidates = [1] if len(classes) == 2 else range(len(classes))
-    drawn = [k for k in candidates if 0 < (labels == k).sum() < len(labels)]
-    not_class = alasa.log_odds_not_class(logits.double().numpy())
-    for k in drawn[:MOST_CURVES]:
-        fpr, tpr, _ = roc_curve(labels == k, -not_class[:, k])
-        ax.plot(fpr, tpr, label=alasa.short_name(classes[k]))
-    title = "ROC" if len(classes) == 2 else "ROC of each class against the rest"
-    if len(drawn) > MOST_CURVES:
-        title += f", the first {MOST_CURVES}"
-    ax.set(title=title, xlabel="false positive rate", ylabel="true positive rate")
-    if drawn:
-        ax.legend(loc="lower right")
-
-
 def plot_report(
     labels: np.ndarray, logits: Tensor, classes: list[str], paths: list[str]
-):
+) -> Figure:
     """Show the confusion matrix, the ROC curves, and the most wrong images."""
-    p = logits.double().softmax(1).numpy()
-    predicted = logits.argmax(1).numpy()
-    p_of_true = p[np.arange(len(labels)), labels]
-    rising = p_of_true.argsort(kind="stable")
-    most_wrong = [row for row in rising if predicted[row] != labels[row]][:MOST_WRONG]
-
-    figure = alasa.new_figure(12, 10, layout="constrained")
+    figure = Figure(figsize=(12, 10), layout="constrained")
     top, bottom = figure.subfigures(2, 1, height_ratios=[3, 2])
     left, right = top.subplots(1, 2)
-    plot_confusion(left, labels, predicted, classes)
-    plot_roc(right, labels, logits, classes)
+    predicted = logits.argmax(1).numpy()
+    # Short, and without what Matplotlib would take for a formula.
+    names = [name[:24].replace("$", r"\$") for name in classes]
+    counts_fit, names_fit = len(classes) <= MOST_COUNTS, len(classes) <= MOST_NAMES
+    metrics.ConfusionMatrixDisplay.from_predictions(
+        labels,
+        predicted,
+        labels=range(len(classes)),
+        display_labels=names if names_fit else None,
+        normalize=None if counts_fit else "true",
+        include_values=counts_fit,
+        xticks_rotation="vertical",
+        cmap="Blues",
+        colorbar=False,
+        ax=left,
+    )
+    if not names_fit:
+        left.set(xticks=[], yticks=[])
+    plot_roc(right, labels, logits, names)
 
+    p_of_true = logits.softmax(1).numpy()[np.arange(len(labels)), labels]
+    wrong = np.flatnonzero(predicted != labels)
+    most_wrong = wrong[p_of_true[wrong].argsort(kind="stable")][:MOST_WRONG]
     images, titles = [], []
     for row in most_wrong:
-        image = alasa.read_image(paths[row])
+        image = alasa.read_image(paths[row], 224)
         image.thumbnail((224, 224))
         images.append(np.asarray(image))
-        true = alasa.short_name(classes[labels[row]], 16)
-        taken_for = alasa.short_name(classes[predicted[row]], 16)
-        name = alasa.short_name(os.path.basename(paths[row]))
-        titles.append(f"{name}\n{true}\ntaken for {taken_for}")
+        true, taken_for = classes[labels[row]], classes[predicted[row]]
+        titles.append(f"{os.path.basename(paths[row])}\n{true}\ntaken for {taken_for}")
     if titles:
         bottom.suptitle("the most wrong images")
         alasa.draw_images(bottom, MOST_WRONG // 2, images, titles)
     return figure
 
 
+def plot_roc(axes, labels: np.ndarray, logits: Tensor, names: list[str]) -> None:
+    """Draw each class's ROC curve against the rest; of two classes, only the second's."""
+    not_class = alasa.log_odds_not_class(logits.double().numpy())
+    candidates = [1] if len(names) == 2 else range(len(names))
+    drawn = [k for k in candidates if 0 < (labels == k).sum() < len(labels)]
+    for k in drawn[:MOST_CURVES]:
+        metrics.RocCurveDisplay.from_predictions(
+            labels == k, -not_class[:, k], name=names[k], ax=axes
+        )
+    title = f"ROC, the first {MOST_CURVES}" if len(drawn) > MOST_CURVES else "ROC"
+    axes.set_title(title if drawn else "no ROC of one class")
+
+
 def score_predictions(
     frame: pd.DataFrame, logits: Tensor, classes: list[str], picture: str
-) -> bool:
-    """Print and draw the scores of the images whose label is one of the classes; return
-    whether there are any."""
+) -> None:
+    """Print and draw the scores of the images whose label is one of the classes."""
     known = frame["label"].isin(classes).to_numpy()
     if not known.all():
         first = frame["label"][~known].iloc[0]
         print(f"not scored: {(~known).sum()} images, as {first!r} is no class")
     scored = known & logits.isfinite().all(dim=1).numpy()
     if not scored.any():
-        return False
+        return
     index_of = {name: index for index, name in enumerate(classes)}
     labels = frame["label"][scored].map(index_of).to_numpy()
     paths = frame["path"][scored].tolist()
     print_report(labels, logits[scored], classes)
-    figure = plot_report(labels, logits[scored], classes, paths)
     with atomic_write(picture) as file:
-        figure.savefig(file, dpi=100)
+        plot_report(labels, logits[scored], classes, paths).savefig(file, dpi=100)
     print(f"confusion matrix, ROC curves and the most wrong images in {picture}")
-    return True
 
 
 def main(args: Namespace) -> pd.DataFrame:
-    """Write predictions.csv and return its rows; score them if there are labels."""
+    """Write predictions.csv and return its rows; score them if there are labels.
+
+    All generators are seeded anew: `alasa.seed_everything`.
+    """
     if dist.is_torchelastic_launched():
         raise AlasaError("predict.py is one process: start it without torchrun")
     checkpoint = alasa.load_checkpoint(args.checkpoint)
-    trained_args, classes = Namespace(**checkpoint["args"]), checkpoint["classes"]
-    frame = read_inputs(args, trained_args)
+    trained, classes = Namespace(**checkpoint["args"]), checkpoint["classes"]
+    frame = read_inputs(args, trained)
     picture = f"{os.path.splitext(args.output)[0]}.png"
-    outputs = [args.output, picture] if "label" in frame else [args.output]
-    run_folder = os.path.dirname(args.checkpoint)
-    inputs = [os.path.join(run_folder, name) for name in alasa.RUN_FILES]
-    inputs += [args.checkpoint, trained_args.train_csv, trained_args.valid_csv]
-    inputs += [args.test_csv or default_test_csv(trained_args), *frame["path"]]
-    check_outputs(inputs, outputs)
+    outputs = [os.path.normpath(args.output), os.path.normpath(picture)]
+    inputs = [args.checkpoint, args.test_csv, trained.train_csv, trained.valid_csv]
+    if args.output in inputs or frame["path"].isin(outputs).any():
+        raise AlasaError(f"--output {args.output} would replace an input")
+    if not os.access(os.path.dirname(args.output) or ".", os.W_OK):
+        raise AlasaError(f"--output {args.output}: its folder cannot be written to")
 
-    logits, errors = predict_logits(frame, checkpoint, args, trained_args)
+    logits, errors = predict_logits(frame, checkpoint, args, trained)
     table = make_table(frame["image"].tolist(), classes, logits, errors)
     with atomic_write(args.output) as file:
-        table.to_csv(file, index=False, errors="surrogateescape")
+        table.to_csv(file, index=False)
     print(f"{len(table)} rows in {args.output}")
     failures = errors[errors != ""]
     if len(failures) > 0:
         count = f"{len(failures)} of {len(table)} failed"
         print(f"{count}, first {failures[0]}", file=sys.stderr)
     if len(table) <= 20:
-        shown = table if len(classes) <= 10 else table[["image", "label", "score"]]
-        print(shown.to_string(index=False))
-    scored = "label" in frame and score_predictions(frame, logits, classes, picture)
-    if not scored and os.path.exists(picture):
-        print(f"{picture} is of other predictions: these have no labels to score")
+        print(table[["image", "label", "score"]].to_string(index=False))
+    if "label" in frame:
+        score_predictions(frame, logits, classes, picture)
     return table
 
 
