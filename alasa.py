@@ -1,8 +1,5 @@
 """The parts of a fine-tuned image classifier; train.py and predict.py put them together.
 
-    python train.py --train-csv train.csv --valid-csv valid.csv
-    python predict.py --checkpoint runs/best.pt --test-csv test.csv
-
 Made for steganalysis, where the signal is a change of pixels by one grey level, so that
 nothing here rounds, resizes or replaces a pixel unasked; right for any other images too.
 Read it from top to bottom, in the order of the work: errors, several processes, seeds, rows,
@@ -26,11 +23,10 @@ import time
 import warnings
 import zipfile
 from argparse import ArgumentTypeError
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 import pandas as pd
@@ -38,10 +34,8 @@ import torch
 import torch.distributed as dist
 import torchvision
 from matplotlib.figure import Figure
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor, nn
-from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
@@ -49,8 +43,6 @@ from torchvision.transforms import v2
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of RGB in 0..1
 IMAGENET_STD = (0.229, 0.224, 0.225)
 IMAGE_EXTENSIONS = (*IMG_EXTENSIONS, ".gif", ".jfif", ".jp2", ".avif")
-# What a folder holds that was split already: no classes.
-SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "test"}
 # The least and the largest share of an image that a random crop shows.  torchvision's own
 # 0.08 is for hundreds of epochs: in ten, what it shows is too often beside the point.
 CROP_AREA = (0.35, 1)
@@ -143,18 +135,16 @@ def start_process(name: str) -> torch.device:
 def stable_hash(*key: object) -> int:
     """Return 64 bits that depend on the key alone, in any process and at any time.
 
-    As a seed: another worker or a resumed run, which knows (seed, epoch), draws the same, so
-    that no state of a random generator is ever saved.
+    As a seed: a resumed run, which knows (seed, epoch), draws the same, so that no state of
+    a random generator is ever saved.
     """
     digest = hashlib.sha256(repr(key).encode()).digest()
     return int.from_bytes(digest[:8], "big")
 
 
 def seed_everything(seed: int) -> None:
-    """Seed random, numpy and torch, and choose deterministic kernels.
-
-    Torch warns where CUDA has none: the pooling of vgg and alexnet.
-    """
+    """Seed random, numpy and torch, and choose deterministic kernels.  Torch warns where
+    CUDA has none: the pooling of vgg and alexnet."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
@@ -182,24 +172,18 @@ def read_rows(
     """
     if os.path.isdir(source):
         return read_folder(source, needs_labels)
-    if not os.path.exists(source):
-        raise AlasaError(f"{source}: there is no such file or folder")
-    with (
-        explain(f"{source}: not a CSV in UTF-8; save it as one"),
-        warnings.catch_warnings(),
-    ):
-        # Else pandas drops what a row has beyond the header's columns.
-        warnings.simplefilter("error", pd.errors.ParserWarning)
+    with explain(f"{source}: cannot be read as a CSV in UTF-8"):
         table = pd.read_csv(
             source,
             dtype=str,
             keep_default_na=False,  # "NA" is a label
-            index_col=False,
             skipinitialspace=True,
             encoding="utf-8-sig",
         )
-    # What a row lacks is missing all the same; here, it is empty.
-    table = table.fillna("").rename(columns=str.strip)
+        if not table.index.equals(pd.RangeIndex(len(table))):  # but of its first cells
+            raise ValueError("a row has more cells than the first line")
+    table = table.fillna("").rename(columns=str.strip)  # "": what a short row lacks
+    table = table[(table != "").any(axis=1)]  # spreadsheets end in empty rows
     needed = [image_column, label_column] if needs_labels else [image_column]
     lacking = [column for column in needed if column not in table]
     if lacking:
@@ -209,23 +193,24 @@ def read_rows(
         raise AlasaError(f"{source}: has no rows")
     frame = pd.DataFrame({"image": table[image_column].str.strip()})
     root = os.path.dirname(source) if image_root is None else image_root
-    paths = [os.path.join(root, image) for image in frame["image"]]
+    with_slashes = frame["image"].str.replace("\\", "/", regex=False)  # as of Windows
+    paths = [os.path.join(root, image) for image in with_slashes]
     frame["path"] = [os.path.normpath(path) for path in paths]
     if label_column in table:
         frame["label"] = table[label_column].str.strip()
-    frame.index = [f"{source} row {row}" for row in range(1, len(frame) + 1)]
+    frame.index = [f"{source} row {index + 1}" for index in frame.index]
     return frame
 
 
 def read_folder(folder: str, needs_labels: bool = False) -> pd.DataFrame:
-    """Return the images of a folder, sorted, as `read_rows` does; skip hidden files.
-
-    The label of an image, at any depth, is the name of the topmost folder below this one,
-    as in torchvision's ImageFolder.
+    """Return the images of a folder, sorted, as `read_rows` does; skip hidden files.  The
+    label, at any depth, is the topmost folder below this one, as in torchvision's ImageFolder.
     """
     images, others = [], []
     for parent, folders, files in os.walk(os.path.normpath(folder), followlinks=True):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
+        if "last.pt" in files:
+            continue  # a run of train.py
         for name in sorted(name for name in files if not name.startswith(".")):
             is_image = name.lower().endswith(IMAGE_EXTENSIONS)
             kind = images if is_image else others
@@ -256,23 +241,16 @@ def find_classes(labels: Iterable[str]) -> list[str]:
 def check_rows(frame: pd.DataFrame) -> None:
     """Raise AlasaError if a row has no label, or no image, or if two contradict."""
     missing = ~frame["path"].map(os.path.isfile)
-    advice = "--image-root says where relative paths start"
-    refuse(frame[missing], "not a file", advice)
-    advice = "fill in its label, or drop the row"
-    refuse(frame[frame["label"] == ""], "no label", advice)
+    refuse(frame[missing], "not a file", "--image-root says where relative paths start")
+    refuse(frame[frame["label"] == ""], "no label", "give it one, or leave it out")
     labels_of_image = frame.groupby("path")["label"].transform("nunique")
     several = frame[labels_of_image > 1].sort_values("path", kind="stable")
     refuse(several, "one image has several labels", "keep one of them")
 
 
-def check_splits(
-    train: pd.DataFrame, valid: pd.DataFrame, monitor: str = "auc"
-) -> list[str]:
-    """Check both splits, and return the classes in order; the first is the negative one.
-
-    AlasaError if a row is wrong, if an image is in both splits, or if the monitored score
-    would be undefined.
-    """
+def check_splits(train: pd.DataFrame, valid: pd.DataFrame, monitor="auc") -> list[str]:
+    """Return the classes in order, the first is the negative one; AlasaError if a row is
+    wrong, an image is in both splits, or the monitored score would be undefined."""
     check_rows(train)
     check_rows(valid)
     classes = find_classes(train["label"])
@@ -280,7 +258,8 @@ def check_splits(
         raise AlasaError(f"training has one class only: {classes[0]!r}")
     unknown = valid[~valid["label"].isin(classes)]
     refuse(unknown, "no training image has the label", f"training has {classes[:3]}")
-    in_both = valid[valid["path"].isin(train["path"])]
+    trained_on = train["path"].map(os.path.abspath)
+    in_both = valid[valid["path"].map(os.path.abspath).isin(trained_on)]
     refuse(in_both, "a training image too", "keep it in one of the splits")
     absent = find_classes(set(classes) - set(valid["label"]))
     if absent and monitor != "accuracy":
@@ -295,27 +274,26 @@ def hold_out(
     """Return the rows to train on, and a random share of each class to validate on: at least
     one image of a class that has two, and never all of it.
 
-    Files of one name, such as a cover and its stego versions, stay together.
+    Files of one name stay together, such as a cover and its stego versions.
     """
-    check_rows(frame)
     total = Counter(frame["label"])
-    if SPLIT_NAMES.issuperset(total):
-        what = f"{frame.index[0]}: {list(total)} are splits, not classes"
+    splits = {"train", "training", "val", "valid", "validation", "test", "testing"}
+    if len(splits & {label.lower() for label in total}) > 1:
+        what = f"{frame.index[0]}: {sorted(total)} are splits, not classes"
         raise AlasaError(f"{what}; give --train-csv one, --valid-csv another")
-    labels_of_name = defaultdict(list)
-    for image, label in zip(frame["image"], frame["label"]):
-        labels_of_name[os.path.basename(image)].append(label)
+    names = frame["path"].map(os.path.basename)
+    labels_of_name = frame["label"].groupby(names).agg(list)
     held, held_names = Counter(), set()
-    for name in sorted(labels_of_name, key=partial(stable_hash, "hold out", seed)):
+    for name in sorted(labels_of_name.index, key=partial(stable_hash, "held", seed)):
         counts = Counter(labels_of_name[name])
-        wanted = [label for label in counts if held[label] < share * total[label]]
-        spent = [
-            label for label in counts if held[label] + counts[label] == total[label]
-        ]
-        if wanted and not spent:
+        wanted = any(held[label] < share * total[label] for label in counts)
+        spared = all(held[label] + counts[label] < total[label] for label in counts)
+        if wanted and spared:
             held.update(counts)
             held_names.add(name)
-    is_held = frame["image"].map(os.path.basename).isin(held_names)
+    if not held:
+        raise AlasaError("no label has two images, one to hold out; give --valid-csv")
+    is_held = names.isin(held_names)
     return frame[~is_held], frame[is_held]
 
 
@@ -325,20 +303,24 @@ def hold_out(
 def read_image(path: str, image_size: int = 0) -> Image.Image:
     """Decode an image's first frame or page, upright, as 8-bit RGB.
 
-    With an `image_size` in pixels that it will be resized to, a large JPEG is decoded at a
-    half, a quarter or an eighth, while both sides keep twice that size: a photo of 12
-    megapixels is read four times faster.  AlasaError if the image cannot be decoded whole,
-    or if a checksum of a PNG is wrong.
+    If it will be resized to `image_size` pixels, a large JPEG is decoded at a half, a quarter
+    or an eighth, while both sides keep twice as many: a photo of 12 megapixels takes a fourth
+    of the time.  AlasaError if it cannot be decoded whole, or if a PNG's checksum is wrong.
     """
     with explain(f"{path}: cannot be read"):  # the drive's fault, not the image's
         data = io.BytesIO(Path(path).read_bytes())
     with explain(f"{path}: not a readable image"):
-        image = Image.open(data)
+        try:
+            image = Image.open(data)
+        except UnidentifiedImageError:
+            starts = f"it starts with {data.getvalue()[:20]}"
+            raise ValueError(f"unknown to Pillow, {starts}") from None
         if image_size > 0:
             image.draft(None, (2 * image_size, 2 * image_size))
         if image.format == "PNG":
             image.verify()  # the checksums, which decoding does not look at
             image = Image.open(data)
+        image.load()  # before `turn_upright`, to which damage is no fault
         return to_rgb(turn_upright(image))
 
 
@@ -353,11 +335,8 @@ def turn_upright(image: Image.Image) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Return an image of any mode as 8-bit RGB.
-
-    16-bit grey levels are divided by 257.  Transparency is laid over white, unless all is
-    transparent.
-    """
+    """Return an image of any mode as 8-bit RGB: 16-bit grey levels divided by 257,
+    transparency laid over white, unless all is transparent."""
     if image.mode.startswith("I;16"):  # Pillow's own conversion clips at 255
         grey = (np.asarray(image) / 257).round().astype(np.uint8)
         return Image.fromarray(grey).convert("RGB")
@@ -372,10 +351,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def d4_view(image: Tensor, view: int) -> Tensor:
-    """Return [..., H, W] as one of the square's eight symmetries shows it.
-
-    View 0 is the image as it is, 1 mirrors it.  Views 4-7 of an image that is not square
-    are 0-3 again, which keep its shape.
+    """Return [..., H, W] as one of the square's eight symmetries shows it: 0 as it is, 1
+    mirrored.  Views 4-7 of an image that is not square are 0-3 again, which keep its shape.
     """
     if view & 1:
         image = image.flip(-1)
@@ -393,10 +370,8 @@ def centre_square(image: Tensor) -> Tensor:
 
 def make_transform(image_size: int = 0, augment: str = "none") -> v2.Compose:
     """Return what turns a PIL image into uint8 [3, size, size], at native size if 0.
-
-    `augment`, one of VIEWS, is what training draws at random; "crop" is a random resized
-    crop, mirrored or not.
-    """
+    `augment`, one of VIEWS, is drawn at random; "crop" is a random resized crop, mirrored or
+    not."""
     steps = [v2.PILToTensor()]  # first, as torch resizes faster than Pillow
     if augment == "crop":
         if image_size == 0:
@@ -426,11 +401,10 @@ class AlasaDataset(Dataset):
     depends on the seed alone, and on no worker or earlier epoch.
     """
 
-    def __init__(
-        self, frame: pd.DataFrame, split: str, transform=None, image_size: int = 0
-    ):
+    def __init__(self, frame: pd.DataFrame, split: str, transform=None, image_size=0):
         if transform is None:
-            transform = make_transform(augment="d4" if split == "train" else "none")
+            augment = "d4" if split == "train" else "none"
+            transform = make_transform(image_size, augment)
         self.transform = transform
         self.image_size = image_size
         self.places = frame.index.tolist()
@@ -454,16 +428,13 @@ class AlasaDataset(Dataset):
 
 
 class TolerantDataset(AlasaDataset):
-    """The images to predict; one that cannot be read is the AlasaError that says why."""
+    """The images of a "test" split: pairs (image, ""), or (None, why it cannot be read)."""
 
-    def __init__(self, frame: pd.DataFrame, image_size: int = 0):
-        super().__init__(frame, "test", make_transform(image_size), image_size)
-
-    def __getitem__(self, index: int) -> Tensor | AlasaError:
+    def __getitem__(self, index: int) -> tuple[Tensor | None, str]:
         try:
-            return super().__getitem__(index)
+            return super().__getitem__(index), ""
         except AlasaError as error:
-            return error
+            return None, str(error)
 
 
 class Draws(Sampler):
@@ -495,40 +466,24 @@ class Draws(Sampler):
         return iter(zip(rows[mine].tolist(), seeds[mine].tolist()))
 
 
-def collate(samples: list) -> Tensor | list[Tensor]:
-    """Return a batch; AlasaError unless all images have one size."""
-    images = [sample[0] if isinstance(sample, tuple) else sample for sample in samples]
-    sizes = sorted({f"{image.shape[-1]}x{image.shape[-2]}" for image in images})
-    if len(sizes) > 1:
-        mixed = f"a batch has images of {sizes[0]} and of {sizes[1]} pixels"
-        raise AlasaError(f"{mixed}: give --image-size, or to predict --batch-size 1")
-    return torch.utils.data.default_collate(samples)
-
-
-def collate_tolerant(samples: list[Tensor | AlasaError]) -> tuple[Tensor, list[str]]:
+def collate_tolerant(samples: list[tuple]) -> tuple[Tensor, list[str]]:
     """Return the images that could be read [B, 3, H, W], and of each sample its error or ""."""
-    images, errors = [], []
-    for sample in samples:
-        if isinstance(sample, AlasaError):
-            errors.append(str(sample))
-        else:
-            errors.append("")
-            images.append(sample)
-    return collate(images) if images else torch.empty(0), errors
+    images = [image for image, _ in samples if image is not None]
+    errors = [error for _, error in samples]
+    stack = torch.utils.data.default_collate
+    return stack(images) if images else torch.empty(0), errors
 
 
 def trust_images() -> None:
-    """Let Pillow read scans of any size, and not warn of damaged metadata."""
-    Image.MAX_IMAGE_PIXELS = None
+    """Let Pillow read scans of up to 1,000 megapixels, and not warn of damaged metadata."""
+    Image.MAX_IMAGE_PIXELS = 500_000_000  # it refuses twice as many
     warnings.filterwarnings("ignore", module="PIL")
 
 
 def start_worker(_: int, gives_way: bool) -> None:
-    """Ignore Ctrl-C, which the main process handles.
-
-    If it gives way, it decodes when the model leaves processors idle.  Else each thread of
-    the model would wait for the one whose processor it takes: twice as long as it works.
-    """
+    """Ignore Ctrl-C, which the main process handles.  If it gives way, decode when the model
+    leaves processors idle: else each thread of the model would wait for the one whose
+    processor it takes, twice as long as it works."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     trust_images()
     if gives_way and hasattr(os, "nice"):  # Windows has none
@@ -536,8 +491,7 @@ def start_worker(_: int, gives_way: bool) -> None:
 
 
 def count_workers() -> int:
-    """Return how many workers decode images of each split: as many as processors, at most
-    8; where a GPU does the rest, one less, at most 16."""
+    """Return how many workers decode the images of each split; a GPU can use more."""
     processors = os.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):  # a container may have fewer than the machine
         processors = len(os.sched_getaffinity(0))
@@ -573,24 +527,20 @@ def make_loader(
         num_workers=workers,
         persistent_workers=workers > 0,
         pin_memory=for_gpu,
-        collate_fn=collate_tolerant if isinstance(data, TolerantDataset) else collate,
+        collate_fn=collate_tolerant if isinstance(data, TolerantDataset) else None,
         worker_init_fn=partial(start_worker, gives_way=not for_gpu),
         generator=torch.Generator(),  # else each pass would draw from the global one
     )
 
 
 def show_progress(what: str, step: int, steps: int, began: float) -> None:
-    """Say on a terminal how far a pass is, and how long it still takes; else nothing.
-
-    `step` counts from 1; `began` is time.monotonic()'s.
-    """
-    if not sys.stderr.isatty() or get_rank() > 0:
-        return
-    seconds_left = (time.monotonic() - began) / step * (steps - step)
-    line = f"{what} {step}/{steps}, {seconds_left:.0f} s left"
-    if step == steps:
-        line = ""
-    print(f"\r{line}\033[K", end="", file=sys.stderr, flush=True)
+    """Say on a terminal how far a pass is, and how long it still takes, by time.monotonic."""
+    if sys.stderr.isatty() and get_rank() == 0:
+        seconds_left = (time.monotonic() - began) / step * (steps - step)
+        line = f"{what} {step}/{steps}, {seconds_left:.0f} s left"
+        if step == steps:
+            line = ""
+        print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
 
 
 # ---------------------------------------------------------------- the model
@@ -652,9 +602,13 @@ class Classifier(nn.Module):
 
 
 class Float32Conv2d(nn.Conv2d):
-    """A convolution that computes in float32 under autocast too."""
+    """A convolution that computes in float32 under autocast too; a depthwise one only in
+    training."""
 
     def forward(self, images: Tensor) -> Tensor:
+        is_trained = torch.is_grad_enabled() and self.weight.requires_grad
+        if self.groups > 1 and not is_trained:
+            return super().forward(images)
         device = images.device.type
         with torch.autocast(device, enabled=False):
             features = super().forward(images.to(self.weight.dtype))
@@ -665,10 +619,10 @@ class Float32Conv2d(nn.Conv2d):
 
 
 def use_float32(net: nn.Module, device: torch.device) -> None:
-    """Let the stem compute in float32, and on a CPU the depthwise convolutions too.
+    """Let the stem compute in float32, and on a CPU train the depthwise convolutions so.
 
     The stem, as hidden data change a pixel by one grey level, and rounding to bfloat16 by up
-    to 0.45; the others, as they are up to 1.5 times faster so (EfficientNet, MobileNet).
+    to 0.45.  The others, as their gradients in bfloat16 take several times as long.
     """
     convolutions = [layer for layer in net.modules() if isinstance(layer, nn.Conv2d)]
     for layer in convolutions:
@@ -678,10 +632,8 @@ def use_float32(net: nn.Module, device: torch.device) -> None:
 
 
 def input_preset(arch: str, weights: str):
-    """Return how torchvision prepares images for these weights: mean, std, crop_size.
-
-    A file, and no weights at all, are taken like the architecture's default weights.
-    AlasaError unless it is a torchvision classifier with one head.
+    """Return how torchvision prepares images for these weights, by default for those of the
+    architecture: mean, std, crop_size.  AlasaError unless it is a classifier with one head.
     """
     several_heads = ["googlenet", "inception_v3"]
     archs = torchvision.models.list_models(torchvision.models, exclude=several_heads)
@@ -703,8 +655,7 @@ def build_model(
 
     `weights` is a name of torchvision's, a file, or "none".  A last layer of the right shape
     is kept if its classes are `class_names`, or if a file does not tell them.
-    `full_res_stem` sets the stride of the first convolution, and of pooling right behind it,
-    to 1, so that the stem keeps every pixel.
+    `full_res_stem` is `keep_stem_resolution`.
     """
     preset = input_preset(arch, weights)
     net = torchvision.models.get_model(arch, num_classes=num_classes)
@@ -721,7 +672,8 @@ def build_model(
 
 
 def keep_stem_resolution(net: nn.Module) -> None:
-    """Set the stride of the stem to 1; AlasaError if it is not 2."""
+    """Set the stride of the first convolution, and of pooling right behind it, from 2 to 1,
+    so that the stem keeps every pixel; AlasaError if it is not 2."""
     kinds = nn.Conv2d | nn.MaxPool2d
     layers = [layer for layer in net.modules() if isinstance(layer, kinds)]
     if layers[0].stride != (2, 2):
@@ -744,13 +696,9 @@ def set_frozen(model: nn.Module, frozen: bool) -> None:
     model.get_submodule(find_head(model)).requires_grad_(True)
 
 
-def load_pretrained(
-    arch: str, weights: str
-) -> tuple[dict[str, Tensor], list[str] | None]:
-    """Return the state dict of torchvision's weights of that name, or of a file, and the
-    classes that it was trained on, if they are known.
-
-    A file is a checkpoint of train.py, or a state dict whose names are torchvision's.
+def load_pretrained(arch: str, weights: str) -> tuple[dict, list[str] | None]:
+    """Return the state dict of torchvision's weights of that name, or of a file: a checkpoint
+    of train.py, or a state dict; and the classes that it was trained on, if they are known.
     """
     known = torchvision.models.get_model_weights(arch).__members__
     if weights in known:
@@ -765,23 +713,20 @@ def load_pretrained(
             advice = "save its state dict alone: torch.save(model.state_dict(), file)"
             raise AlasaError(f"it holds more than tensors; {advice}") from None
         state = content.get("model", content.get("state_dict", content))
-        consume_prefix_in_state_dict_if_present(state, "module.")
+        nn.modules.utils.consume_prefix_in_state_dict_if_present(state, "module.")
         return state, content.get("classes")
 
 
 def load_state(net: nn.Module, state: dict[str, Tensor], same_classes: bool) -> None:
     """Load a state dict, whose last layer gives way to the network's if it does not fit."""
     name = find_head(net)
-    new_head = net.get_submodule(name).state_dict(prefix=f"{name}.")
-    same_shapes = all(
-        key in state and state[key].shape == tensor.shape
-        for key, tensor in new_head.items()
-    )
-    if same_classes and same_shapes:
+    head = net.get_submodule(name)
+    weight = state.get(f"{name}.weight", torch.empty(0))
+    if same_classes and weight.shape == head.weight.shape:
         print0(f"kept the last layer of the weights, {name}")
     else:
         print0(f"the last layer, {name}, is new")
-        state.update(new_head)
+        state.update(head.state_dict(prefix=f"{name}."))
     net.load_state_dict(state)
 
 
@@ -800,11 +745,9 @@ def restore_model(checkpoint: dict, device: str | torch.device = "cpu") -> Class
 
 
 def set_training_mode(model: nn.Module, keep_batch_norm: bool) -> None:
-    """Put a model into training mode, except what keeps its statistics.
-
-    That is all of it where the head alone is trained, so that nothing is dropped out
-    either, and all batch normalisation if `keep_batch_norm`.
-    """
+    """Put a model into training mode, except what keeps its statistics: all of it where the
+    head alone is trained, so that nothing is dropped out either, and all batch normalisation
+    if `keep_batch_norm`."""
     first_parameter = next(model.parameters())
     model.train(first_parameter.requires_grad)
     if keep_batch_norm:
@@ -825,10 +768,9 @@ def train_one_epoch(
 ) -> dict[str, float]:
     """Train on every batch once; return train_loss and train_accuracy.
 
-    Both are computed, as in `evaluate`, from the logits of all images, which were collected
-    in training, each before its step's update.  `batches` has a length.  `scheduler` steps
-    with each batch; `scaler` is for fp16; `name`, for messages.  AlasaError if the
-    loss of a batch is not finite.
+    Both are of all images at once, as in `evaluate`, each seen before its step's update.
+    `batches` has a length.  `scheduler` steps with each batch; `scaler` is for fp16; `name`,
+    for messages.  AlasaError if the loss of a batch is not finite.
     """
     device = next(model.parameters()).device
     scaler = scaler or torch.amp.GradScaler(device.type, enabled=False)
@@ -838,7 +780,7 @@ def train_one_epoch(
     if dist.is_initialized():
         # Anew in each epoch: it groups gradients by what is frozen, and after its first
         # step in another way, which a resumed run would not know.
-        model = DistributedDataParallel(model)
+        model = nn.parallel.DistributedDataParallel(model)
     all_logits, all_labels = [], []
     began = time.monotonic()
     for step, (images, labels) in enumerate(batches, start=1):
@@ -846,8 +788,7 @@ def train_one_epoch(
         logits = model(images.to(device, non_blocking=True))
         batch_loss = criterion(logits, labels)
         if not batch_loss.isfinite():
-            what = f"{name}, batch {step}: the loss became {batch_loss.item()}"
-            raise AlasaError(what)
+            raise AlasaError(f"{name}, batch {step}: the loss became {batch_loss:g}")
         optimizer.zero_grad()
         scaler.scale(batch_loss).backward()
         scaler.step(optimizer)
@@ -881,7 +822,6 @@ def infer(model: nn.Module, batches: Batches, views: int = 1) -> tuple[Tensor, l
     and of each batch its extras, which stood beside the images: labels, or errors.
 
     The logits are the mean over the first `views` of `d4_view`: test-time augmentation.
-    The model ends in evaluation mode.
     """
     device = next(model.parameters()).device
     model.eval()
@@ -988,24 +928,19 @@ def weighted_auc(
 
 
 def best_epoch(history: list[dict[str, float]], monitor: str) -> int:
-    """Return the number of the epoch with the highest finite score, 0 if there is none.
-
-    Ties go to the lowest validation loss, as a score of ranks alone is soon at its highest.
-    """
-    best, best_key = 0, (-math.inf, -math.inf)
-    for row in history:
-        monitored, loss = row[MONITORS[monitor]], row["valid_loss"]
-        key = (monitored, -loss if math.isfinite(loss) else -math.inf)
-        if math.isfinite(monitored) and key > best_key:
-            best, best_key = row["epoch"], key
-    return best
+    """Return the number of the epoch with the highest finite score, 0 if there is none; of
+    ties, as a score of ranks is soon at its highest, that with the lowest validation loss."""
+    column = MONITORS[monitor]
+    finite = [row for row in history if math.isfinite(row[column])]
+    finite.sort(key=lambda row: (-row[column], row["valid_loss"]))
+    return finite[0]["epoch"] if finite else 0
 
 
 # ---------------------------------------------------------------- files
 
 
 @contextlib.contextmanager
-def atomic_write(path: str) -> Iterator[IO[bytes]]:
+def atomic_write(path: str) -> Iterator[io.BufferedWriter]:
     """Open a file that replaces `path` once it is whole, or not at all, even if the disk is
     full or the power fails."""
     part = Path(f"{path}.part")
@@ -1039,17 +974,14 @@ def load_checkpoint(path: str) -> dict:
         return checkpoint
 
 
-def draw_images(
-    figure: Figure, columns: int, images: list[np.ndarray], titles: list[str]
-) -> None:
+def draw_images(figure: Figure, columns: int, images: list, titles: list[str]) -> None:
     """Show images [H, W, 3] with their titles in rows of so many."""
     rows = math.ceil(len(images) / columns)
-    every_axes = figure.subplots(rows, columns, squeeze=False).flatten()
-    for axes in every_axes:
-        axes.set_axis_off()
-    for axes, image, title in zip(every_axes, images, titles):
+    for place, (image, title) in enumerate(zip(images, titles), start=1):
+        axes = figure.add_subplot(rows, columns, place)
         axes.imshow(image)
         axes.set_title(title, fontsize=8, parse_math=False)
+        axes.set_axis_off()
 
 
 # ---------------------------------------------------------------- scripts
@@ -1085,13 +1017,16 @@ def tune_process() -> None:
     )  # of Matplotlib's font
 
 
+SEVERAL_SIZES = "give --image-size, or to predict --batch-size 1"
 # What to do, by a part of the message.
 ADVICE = {
     "out of memory": "give a lower --batch-size or --image-size",
+    "stack expects each tensor": SEVERAL_SIZES,
+    "storage that is not resizable": SEVERAL_SIZES,  # as a worker may say instead
     "DataLoader worker (pid": "a worker was lost: try --workers 0",
     "file </torch_": "no room for shared memory: try --workers 0",
     "not a readable image": "--check-images lists all such images",
-    "the loss became": "lower the rates, and begin with --weights runs/best.pt",
+    "the loss became": "lower --lr and --head-lr",
 }
 
 

@@ -16,7 +16,6 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
@@ -28,18 +27,14 @@ from torch.utils.data import DataLoader
 import alasa
 from alasa import AlasaDataset, AlasaError, Draws, atomic_write, in_range, print0
 
-DEMO_CSV = "digits/train.csv"
 # Digits of 8x8 pixels: nothing to crop or mirror, and no pretrained weights to build on.
-DEMO_FLAGS = f"--train-csv {DEMO_CSV} --valid-csv digits/valid.csv --image-size 16"
-DEMO_FLAGS += " --augment none --arch shufflenet_v2_x0_5 --weights none --full-res-stem"
-DEMO_FLAGS += " --epochs 4 --batch-size 64 --lr 0.02 --weight-decay 0.1"
-DEMO_FLAGS += " --label-smoothing 0.1"
+DEMO_FLAGS = """--train-csv digits/train.csv --valid-csv digits/valid.csv --epochs 4
+    --image-size 16 --augment none --arch shufflenet_v2_x0_5 --weights none
+    --full-res-stem --batch-size 64 --lr 0.02 --weight-decay 0.1 --label-smoothing 0.1"""
 
-HELD_OUT = 0.2  # of each class, without --valid-csv
 ALL_EPOCHS = 10**9
 # Flags that may change when a run goes on, as no weight depends on them.
 MAY_CHANGE = "train_csv valid_csv image_root check_images workers device early_stop"
-MAY_CHANGE = {*MAY_CHANGE.split(), "out", "resume"}
 
 
 def make_parser() -> ArgumentParser:
@@ -49,13 +44,6 @@ def make_parser() -> ArgumentParser:
         usage="%(prog)s [flags]; -h lists them",
         formatter_class=ArgumentDefaultsHelpFormatter,
     )
-    add_data_flags(parser)
-    add_training_flags(parser)
-    return parser
-
-
-def add_data_flags(parser: ArgumentParser) -> None:
-    """Add what to train, on what, and where."""
     count = in_range(int, 0)
     workers = alasa.count_workers()
     add = parser.add_argument_group("data").add_argument
@@ -64,7 +52,7 @@ def add_data_flags(parser: ArgumentParser) -> None:
     add("--image-column", default="image", help="column of image files")
     add("--label-column", default="label", help="column of labels, text or integers")
     add("--image-root", help="where relative images start; None: at the CSV's folder")
-    add("--image-size", type=count, help="pixels; 0: native; None: 224, or a ViT's own")
+    add("--image-size", type=count, default=224, help="pixels; 0: native")
     add("--augment", choices=alasa.VIEWS, default="crop", help="random views, to train")
     add("--balance", action="store_true", help="draw all classes equally often")
     add("--check-images", action="store_true", help="decode all images before training")
@@ -73,19 +61,18 @@ def add_data_flags(parser: ArgumentParser) -> None:
     add("--arch", default="resnet18", help="any torchvision classifier")
     add("--weights", default="DEFAULT", help="torchvision's name, a file, or none")
     add("--full-res-stem", action="store_true", help="stride 1 in the first layers")
-    group = parser.add_argument_group("run")
-    add = group.add_argument
+    add = parser.add_argument_group("run").add_argument
     precisions = ["auto", *alasa.DTYPES]
     add("--precision", choices=precisions, default="auto", help="auto: what is fast")
     add("--compile", action="store_true", help="use torch.compile")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--seed", type=in_range(int, 0, 2**63 - 1), default=0, help="of all randomness")
     add("--out", default="runs", help="folder of the run's files")
-    add = group.add_mutually_exclusive_group().add_argument
-    add(
-        "--resume", action="store_true", help="go on with the run in --out, as it began"
-    )
+    add = parser.add_mutually_exclusive_group().add_argument
+    add("--resume", action="store_true", help="go on with the run in --out")
     add("--overwrite", action="store_true", help="replace the run in --out")
+    add_training_flags(parser)
+    return parser
 
 
 def add_training_flags(parser: ArgumentParser) -> None:
@@ -93,26 +80,20 @@ def add_training_flags(parser: ArgumentParser) -> None:
     count, share = in_range(int, 0), in_range(float, 0, 1)
     rate = in_range(float, 0, sys.float_info.max)
     freeze = {"nargs": "?", "const": ALL_EPOCHS, "metavar": "N"}  # the flag without N
-    freeze_help = "epochs of the last layer alone; no N: all; None: 1, from scratch 0"
-    batch_norm_help = (
-        "statistics of the weights, or new; None: keep, from scratch train"
-    )
-    schedule_help = (
-        "of the rates: halved when the score stalls, or warm-up and cosine; "
-    )
-    schedule_help += "None: plateau, from scratch cosine"
+    freeze_help = "epochs of the last layer alone; no N: all; from scratch 0"
+    schedule_help = "halve rates on a stall, or warm up and fall; from scratch cosine"
     optimizers, schedules = ["adamw", "sgd"], ["plateau", "cosine"]
     monitors, statistics = alasa.MONITORS, ["keep", "train"]
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type=in_range(int, 1), default=10, help="passes over the data")
     add("--batch-size", type=in_range(int, 2), default=32, help="over all processes")
-    add("--freeze", type=count, help=freeze_help, **freeze)
-    add("--lr", type=rate, help="learning rate; None: 3e-5, from scratch 2e-3")
-    add("--head-lr", type=rate, help="of the last layer; None: 3e-3, from scratch --lr")
-    add("--batch-norm", choices=statistics, help=batch_norm_help)
+    add("--freeze", type=count, default=1, help=freeze_help, **freeze)
+    add("--lr", type=rate, default=3e-5, help="learning rate; from scratch 2e-3")
+    add("--head-lr", type=rate, default=3e-3, help="last layer's; from scratch --lr")
+    add("--batch-norm", choices=statistics, default="keep", help="from scratch train")
     add("--weight-decay", type=rate, default=0.01, help="of the optimizer")
     add("--optimizer", choices=optimizers, default="adamw", help="sgd: momentum 0.9")
-    add("--schedule", choices=schedules, help=schedule_help)
+    add("--schedule", choices=schedules, default="plateau", help=schedule_help)
     add("--label-smoothing", type=share, default=0.0, help="of the loss, 0..1")
     add("--monitor", choices=monitors, default="auc", help="chooses the best epoch")
     add("--early-stop", type=count, default=0, help="stalled epochs to wait; 0: never")
@@ -125,45 +106,43 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     args = parser.parse_args(argv)
     if args.resume:
         return parse_resumed(parser, argv, args.out)
-    args.demo = args.train_csv is None
-    if args.demo:
-        if args.valid_csv:
-            parser.error("--valid-csv needs --train-csv")
+    parser.set_defaults(demo=args.train_csv is None)
+    if args.train_csv is None:
+        if args.valid_csv or args.weights != "DEFAULT":
+            parser.error("give --train-csv too; without flags it is the demo")
         argv = DEMO_FLAGS.split() + argv
-        parser.parse_args(argv, args)
         print("the demo is this command: python train.py", *argv, flush=True)
-    preset = alasa.input_preset(args.arch, args.weights)
-    if args.image_size is None:  # vision transformers take one size only
-        args.image_size = preset.crop_size[0] if args.arch.startswith("vit_") else 224
-    defaults = {"freeze": 1, "lr": 3e-5, "head_lr": 3e-3}
-    defaults |= {"batch_norm": "keep", "schedule": "plateau"}
-    if args.weights == "none":
-        lr = 2e-3 if args.lr is None else args.lr
-        defaults = {"freeze": 0, "lr": lr, "head_lr": lr}
-        defaults |= {"batch_norm": "train", "schedule": "cosine"}
-    for name, value in defaults.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
+    if parser.parse_args(argv).weights == "none":
+        parser.set_defaults(freeze=0, lr=2e-3, head_lr=None)
+        parser.set_defaults(batch_norm="train", schedule="cosine")
+    args = parser.parse_args(argv)
+    if args.head_lr is None:
+        args.head_lr = args.lr
+    alasa.input_preset(args.arch, args.weights)  # fails unless there is such a model
     return args
+
+
+def another_run(out: str) -> str:
+    """Return how to go on from a run in a way that `--resume` refuses."""
+    return f"for another run, give its flags and --weights {out}/best.pt --out again"
 
 
 def parse_resumed(parser: ArgumentParser, argv: list[str], out: str) -> Namespace:
     """Return the flags of the run in `out`; AlasaError for one that may not change."""
-    way_on = f"for another run, begin with --weights {out}/best.pt --out again"
     for name in ("last.pt", "best.pt"):
         if not os.path.exists(f"{out}/{name}"):
-            raise AlasaError(f"--resume: there is no {out}/{name}; {way_on}")
+            raise AlasaError(f"--resume: there is no {out}/{name}; {another_run(out)}")
     before = alasa.load_checkpoint(f"{out}/last.pt")["args"]
     before |= {"out": out, "resume": True}
     parser.set_defaults(**before)
     args = parser.parse_args(argv)
-    may_change = MAY_CHANGE
+    may_change = MAY_CHANGE.split()
     if args.schedule == "plateau":  # a cosine depends on the number of epochs
-        may_change = MAY_CHANGE | {"epochs"}
+        may_change.append("epochs")
     for name, value in vars(args).items():
         if value != before[name] and name not in may_change:
             was = f"--resume: {name} was {before[name]!r}, now {value!r}"
-            raise AlasaError(f"{was}; {way_on}")
+            raise AlasaError(f"{was}; {another_run(out)}")
     return args
 
 
@@ -173,12 +152,11 @@ def write_digits() -> None:
 
     digits = load_digits()
     os.makedirs("digits/images", exist_ok=True)
-    names = []
-    for index, grey in enumerate(digits.images):  # 0..16
-        names.append(f"images/{index:04d}.png")
-        pixels = (grey * 255 / 16).round().astype(np.uint8)
-        Image.fromarray(pixels).save(f"digits/{names[-1]}")
-    rows = pd.DataFrame({"image": names, "label": digits.target})
+    rows = pd.DataFrame({"label": digits.target})
+    rows["image"] = [f"images/{index:04d}.png" for index in rows.index]
+    for image, grey in zip(rows["image"], digits.images):  # 0..16
+        pixels = (grey * 255 / 16).round().astype("uint8")
+        Image.fromarray(pixels).save(f"digits/{image}")
     rows = rows.sample(frac=1, random_state=0)
     splits = {"test": rows[:300], "valid": rows[300:600], "train": rows[600:]}
     for split, part in splits.items():
@@ -191,25 +169,28 @@ def load_saved(args: Namespace) -> dict | None:
     replace another run than the demo."""
     last = f"{args.out}/last.pt"
     if args.resume:
-        return alasa.load_checkpoint(last)
-    if os.path.exists(last) and not args.overwrite:
-        is_demo = alasa.load_checkpoint(last)["args"]["demo"]
-        if not is_demo:
-            what = f"{args.out} holds a run"
-            raise AlasaError(f"{what}: --resume, --overwrite, or choose another --out")
+        saved = alasa.load_checkpoint(last)
+        if len(saved["history"]) >= args.epochs:
+            longer = "--resume --epochs N trains longer, but not after a cosine"
+            print0(f"all {args.epochs} epochs are done; {longer}")
+        return saved
+    may_replace = args.overwrite or not os.path.exists(last)
+    if not may_replace and not alasa.load_checkpoint(last)["args"]["demo"]:
+        what = f"{args.out} holds a run"
+        raise AlasaError(f"{what}: --resume, --overwrite, or choose another --out")
     return None
 
 
 def load_data(args: Namespace) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:
     """Return the rows of both splits, with class indices as labels, and the class names."""
     if args.demo:
-        if alasa.get_rank() == 0 and not os.path.exists(DEMO_CSV):
+        if alasa.get_rank() == 0 and not os.path.exists(args.train_csv):
             write_digits()
         alasa.gather_batches([])  # the others wait
     columns = args.image_column, args.label_column, args.image_root
     train = alasa.read_rows(args.train_csv, *columns, needs_labels=True)
     if args.valid_csv is None:
-        train, valid = alasa.hold_out(train, HELD_OUT, args.seed)
+        train, valid = alasa.hold_out(train, 0.2, args.seed)
         both = len(train) + len(valid)
         print0(f"a fifth of each class validates: {len(valid)} of {both} images")
     else:
@@ -220,45 +201,36 @@ def load_data(args: Namespace) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:
     counts["valid"] = valid["label"].value_counts()
     print0(counts.fillna(0).astype(int).to_string())
     if args.check_images:
-        check_readable(pd.concat([train, valid]), args.workers)
-    index_of = {name: index for index, name in enumerate(classes)}
-    train = train.assign(label=train["label"].map(index_of))
-    valid = valid.assign(label=valid["label"].map(index_of))
+        every = alasa.TolerantDataset(pd.concat([train, valid]), "test")
+        loader = alasa.make_loader(every, 1, None, args.workers)
+        errors = alasa.gather_batches([errors[0] for _, errors in loader])
+        bad = [error for error in errors if error]
+        if bad:
+            print0("\n".join(bad))
+            raise AlasaError(f"{len(bad)} of {len(every)} images cannot be read")
+    train = train.assign(label=pd.Index(classes).get_indexer(train["label"]))
+    valid = valid.assign(label=pd.Index(classes).get_indexer(valid["label"]))
     return train, valid, classes
-
-
-def check_readable(frame: pd.DataFrame, workers: int) -> None:
-    """Print which images cannot be read; AlasaError if there are any."""
-    loader = alasa.make_loader(alasa.TolerantDataset(frame), 1, None, workers)
-    errors = alasa.gather_batches([error for _, (error,) in loader])
-    bad = [error for error in errors if error]
-    for error in bad:
-        print0(error)
-    if bad:
-        raise AlasaError(f"{len(bad)} of {len(frame)} images cannot be read")
 
 
 def make_loaders(
     train: pd.DataFrame, valid: pd.DataFrame, args: Namespace, device
-) -> tuple[DataLoader, DataLoader]:
-    """Return the loaders of both splits; say how many images each epoch leaves out."""
-    size, workers, world = args.batch_size, args.workers, alasa.get_world_size()
-    if size < 2 * world:
-        raise AlasaError(f"--batch-size: each of {world} processes needs 2 images")
+) -> tuple[DataLoader, DataLoader, Draws]:
+    """Return the loaders of both splits, and what the first draws; say how many images each
+    epoch leaves out."""
+    size, workers = args.batch_size, args.workers
     augmented = alasa.make_transform(args.image_size, args.augment)
-    plain = alasa.make_transform(args.image_size)
     train_set = AlasaDataset(train, "train", augmented, args.image_size)
-    valid_set = AlasaDataset(valid, "valid", plain, args.image_size)
+    valid_set = AlasaDataset(valid, "valid", image_size=args.image_size)
     draws = Draws(train_set.labels, args.seed, args.balance)
     for_gpu = device.type == "cuda"
     train_loader = alasa.make_loader(train_set, size, draws, workers, for_gpu)
     valid_loader = alasa.make_loader(valid_set, size, None, workers, for_gpu)
-    used = sum(len(items) for items in train_loader.batch_sampler) * world
-    if used == 0:
-        raise AlasaError(f"{len(train_set)} training images are too few to train on")
-    if used < len(train_set):
-        print0(f"left out of each epoch: {len(train_set) - used}, too few for a batch")
-    return train_loader, valid_loader
+    used = sum(len(items) for items in train_loader.batch_sampler)
+    left_out = len(train_set) - used * alasa.get_world_size()
+    if left_out > 0:
+        print0(f"left out of each epoch: {left_out}, too few for a batch")
+    return train_loader, valid_loader, draws
 
 
 def make_model(
@@ -268,10 +240,10 @@ def make_model(
     if saved:
         model = alasa.restore_model(saved, device)
     else:
-        stem = args.full_res_stem
         model = alasa.build_model(
-            args.arch, len(classes), args.weights, stem, classes, device
+            args.arch, len(classes), args.weights, args.full_res_stem, classes, device
         )
+    print0(f"{args.arch} on {alasa.get_world_size()} x {device}, {args.precision}")
     model.precision = args.precision
     if args.compile:
         # Not dynamic, as it would adapt to steps that a resumed run has not seen.
@@ -281,18 +253,14 @@ def make_model(
 
 def make_optimizer(model: nn.Module, args: Namespace) -> torch.optim.Optimizer:
     """Return the optimizer, whose second group of parameters is the last layer."""
-    head = alasa.find_head(model)
-    backbone_group = {"params": [], "lr": args.lr}
-    head_group = {"params": [], "lr": args.head_lr}
-    for name, parameter in model.named_parameters():
-        group = head_group if name.startswith(f"{head}.") else backbone_group
-        group["params"].append(parameter)
-    groups = [backbone_group, head_group]
+    head = list(model.get_submodule(alasa.find_head(model)).parameters())
+    backbone = list(model.parameters())[: -len(head)]  # the head's come last
+    groups = [{"params": backbone, "lr": args.lr}, {"params": head, "lr": args.head_lr}]
     decay = args.weight_decay
     if args.optimizer == "adamw":
         return torch.optim.AdamW(groups, weight_decay=decay, fused=True)
     # Not fused: its momentum would stay uninitialised if fp16 skips the first step.
-    return torch.optim.SGD(groups, args.lr, momentum=0.9, weight_decay=decay)
+    return torch.optim.SGD(groups, momentum=0.9, weight_decay=decay)
 
 
 def cosine_factor(step: int, steps: int) -> float:
@@ -341,15 +309,11 @@ def save_batch(loader: DataLoader, classes: list[str], out: str) -> None:
 
 def plot_history(history: list[dict[str, float]]) -> Figure:
     """Show the losses, the accuracies and the AUCs by epoch."""
-    log = pd.DataFrame(history)
+    log = pd.DataFrame(history).set_index("epoch")
     figure = Figure(figsize=(12, 3.6), layout="constrained")
-    panels = [
-        ("loss", ["train_loss", "valid_loss"]),
-        ("accuracy", ["train_accuracy", "valid_accuracy"]),
-        ("area under the ROC curve", ["auc", "wauc"]),
-    ]
-    for axes, (name, columns) in zip(figure.subplots(1, 3), panels):
-        axes.plot(log["epoch"], log[columns], marker=".", label=columns)
+    for axes, name in zip(figure.subplots(1, 3), ["loss", "accuracy", "auc"]):
+        columns = log.filter(like=name)  # train_ and valid_; auc and wauc
+        axes.plot(columns, marker=".", label=list(columns))
         axes.set(xlabel="epoch", ylabel=name)
         axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         axes.legend()
@@ -358,8 +322,7 @@ def plot_history(history: list[dict[str, float]]) -> Figure:
 
 def save_held_out(valid: pd.DataFrame, classes: list[str], args: Namespace) -> None:
     """Write the rows that validate, for `predict.py --test-csv`."""
-    rows = pd.DataFrame()
-    rows[args.image_column] = valid["path"].map(os.path.abspath)
+    rows = pd.DataFrame({args.image_column: valid["path"].map(os.path.abspath)})
     rows[args.label_column] = [classes[index] for index in valid["label"]]
     with atomic_write(f"{args.out}/valid.csv") as file:
         rows.to_csv(file, index=False)
@@ -382,14 +345,13 @@ def save_epoch(run: dict, parts: dict, last_saved: int | None) -> int | None:
     if time_saved(out) != last_saved:
         raise AlasaError(f"{out}: another run is saving there; choose another --out")
     states = {name: part.state_dict() for name, part in parts.items()}
-    if alasa.best_epoch(history, run["args"]["monitor"]) == len(history):
+    is_first = len(history) == 1
+    if is_first or alasa.best_epoch(history, run["args"]["monitor"]) == len(history):
         with atomic_write(best) as file:
             torch.save(run | {"model": states["model"]}, file)
-            if len(history) == 1:
+            if is_first:
                 # There is room: a former run's last.pt must not go on beside this best.pt.
                 last.unlink(missing_ok=True)
-    elif len(history) == 1:
-        best.unlink(missing_ok=True)
     with atomic_write(f"{out}/log.csv") as file:
         pd.DataFrame(history).to_csv(file, index=False, float_format="%.6g")
     with atomic_write(f"{out}/losses.png") as file:
@@ -402,8 +364,8 @@ def save_epoch(run: dict, parts: dict, last_saved: int | None) -> int | None:
 def main(args: Namespace, criterion: Callable | None = None) -> list[dict]:
     """Train as the flags say, write the files of the run, and return the rows of its log.
 
-    criterion(logits [B, classes], labels [B]) is a mean loss, by default cross entropy.
-    A resumed run needs the same.  All generators are seeded anew: `alasa.seed_everything`.
+    criterion(logits [B, classes], labels [B]) is a mean loss, by default cross entropy; a
+    resumed run needs the same.  All generators are seeded anew.
     """
     device = alasa.start_process(args.device)
     args.precision = alasa.choose_precision(args.precision, device, args.image_size)
@@ -414,12 +376,12 @@ def main(args: Namespace, criterion: Callable | None = None) -> list[dict]:
     columns = [train["image"], train["label"], valid["image"], valid["label"]]
     rows_hash = alasa.stable_hash(*[column.tolist() for column in columns])
     if saved and saved["rows_hash"] != rows_hash:
-        raise AlasaError("--resume: the images had other names or labels in this run")
-    train_loader, valid_loader = make_loaders(train, valid, args, device)
+        what = "--resume: its images had other names or labels"
+        raise AlasaError(f"{what}; {another_run(args.out)}")
+    train_loader, valid_loader, draws = make_loaders(train, valid, args, device)
     history = saved["history"] if saved else []
     first_epoch = len(history) + 1
     # Fork the workers before the heap grows: less is copied when it is written to.
-    draws = train_loader.batch_sampler.sampler
     draws.epoch = first_epoch
     train_batches, valid_batches = iter(train_loader), iter(valid_loader)
 
@@ -438,17 +400,9 @@ def main(args: Namespace, criterion: Callable | None = None) -> list[dict]:
     run = {"args": vars(args), "classes": classes, "history": history}
     run |= {"rows_hash": rows_hash, "mean": model.mean, "std": model.std}
 
-    print0(f"{args.arch} on {alasa.get_world_size()} x {device}, {args.precision}")
     print_chance(criterion, train_loader.dataset, valid_loader.dataset, device)
     if first_epoch == 1 and alasa.get_rank() == 0:
         save_batch(train_loader, classes, args.out)
-        if args.valid_csv is None:
-            save_held_out(valid, classes, args)
-    if first_epoch > args.epochs:
-        longer = "--resume --epochs N trains longer"
-        if args.schedule == "cosine":  # it has fallen to zero
-            longer = f"--weights {args.out}/best.pt --out again trains on"
-        print0(f"all {args.epochs} epochs are done; {longer}")
 
     for epoch in range(first_epoch, args.epochs + 1):
         # Before the epoch, as a resumed run may have stalled already.
@@ -458,8 +412,8 @@ def main(args: Namespace, criterion: Callable | None = None) -> list[dict]:
             break
         began = time.perf_counter()
         frozen = epoch <= args.freeze
-        backbone_group, head_group = optimizer.param_groups
-        row = {"epoch": epoch, "lr": (head_group if frozen else backbone_group)["lr"]}
+        group = optimizer.param_groups[1 if frozen else 0]  # the head's, or the rest's
+        row = {"epoch": epoch, "lr": group["lr"]}
         alasa.seed_everything(alasa.stable_hash(args.seed, epoch, alasa.get_rank()))
         alasa.set_frozen(model, frozen)
         row |= alasa.train_one_epoch(
@@ -484,9 +438,12 @@ def main(args: Namespace, criterion: Callable | None = None) -> list[dict]:
             scheduler.step(alasa.best_epoch(history, args.monitor))
         if alasa.get_rank() == 0:
             last_saved = save_epoch(run, parts, last_saved)
+            if args.valid_csv is None:
+                save_held_out(valid, classes, args)
         print0(alasa.describe(row))
     best = alasa.best_epoch(history, args.monitor)
-    print0(f"best: epoch {best}, in {args.out}/best.pt")
+    found = f"epoch {best}" if best > 0 else f"no finite {args.monitor}"
+    print0(f"best: {found}, in {args.out}/best.pt")
     return history
 
 
