@@ -373,8 +373,8 @@ def main(args: Namespace, criterion: Callable | None = None) -> list[dict]:
     last_saved = time_saved(args.out)
     alasa.seed_everything(args.seed)
     train, valid, classes = load_data(args)
-    columns = [train["image"], train["label"], valid["image"], valid["label"]]
-    rows_hash = alasa.stable_hash(*[column.tolist() for column in columns])
+    rows = [frame[["image", "label"]].values.tolist() for frame in (train, valid)]
+    rows_hash = alasa.stable_hash(rows)
     if saved and saved["rows_hash"] != rows_hash:
         what = "--resume: its images had other names or labels"
         raise AlasaError(f"{what}; {another_run(args.out)}")
