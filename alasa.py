@@ -24,7 +24,7 @@ import warnings
 import zipfile
 from argparse import ArgumentTypeError
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -54,7 +54,8 @@ LEAST_BF16_SIZE = 32
 VIEWS = {"none": 1, "flip": 2, "crop": 2, "d4": 8}
 # The column of the log that each choice of --monitor looks at.
 MONITORS = {"auc": "auc", "wauc": "wauc", "accuracy": "valid_accuracy"}
-Batches = Iterable[tuple[Tensor, Tensor]]  # images [B, 3, H, W] and labels [B]
+# Images [B, 3, H, W], and beside them labels [B] or errors.
+Batches = Collection[tuple[Tensor, Tensor | list]]
 
 
 # ---------------------------------------------------------------- errors
@@ -180,7 +181,7 @@ def read_rows(
             skipinitialspace=True,
             encoding="utf-8-sig",
         )
-        if not table.index.equals(pd.RangeIndex(len(table))):  # but of its first cells
+        if not table.index.equals(pd.RangeIndex(len(table))):  # an index of first cells
             raise ValueError("a row has more cells than the first line")
     table = table.fillna("").rename(columns=str.strip)  # "": what a short row lacks
     table = table[(table != "").any(axis=1)]  # spreadsheets end in empty rows
@@ -272,7 +273,7 @@ def hold_out(
     frame: pd.DataFrame, share: float, seed: int
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Return the rows to train on, and a random share of each class to validate on: at least
-    one image of a class that has two, and never all of it.
+    one image of a class that has two names, and never all of it.
 
     Files of one name stay together, such as a cover and its stego versions.
     """
@@ -292,7 +293,7 @@ def hold_out(
             held.update(counts)
             held_names.add(name)
     if not held:
-        raise AlasaError("no label has two images, one to hold out; give --valid-csv")
+        raise AlasaError("no label has files of two names; give --valid-csv")
     is_held = names.isin(held_names)
     return frame[~is_held], frame[is_held]
 
@@ -460,9 +461,11 @@ class Draws(Sampler):
         rows = torch.randperm(count, generator=generator)
         if self.balance:
             weights = (1 / self.labels.bincount())[self.labels]
-            rows = torch.multinomial(weights, count, True, generator=generator)
+            rows = torch.multinomial(
+                weights, count, replacement=True, generator=generator
+            )
         seeds = torch.randint(2**63 - 1, (count,), generator=generator)
-        mine = slice(get_rank(), len(self) * world, world)
+        mine = slice(get_rank(), len(self) * world, world)  # all have equally many
         return iter(zip(rows[mine].tolist(), seeds[mine].tolist()))
 
 
@@ -560,7 +563,8 @@ def choose_precision(name: str, device: torch.device, image_size: int) -> str:
     """Return the precision; "auto" is what the hardware is made for."""
     is_tiny = device.type == "cpu" and 0 < image_size < LEAST_BF16_SIZE
     if name == "bf16" and is_tiny:
-        raise AlasaError(f"--precision bf16: a CPU needs {LEAST_BF16_SIZE} pixels")
+        least = f"images of {LEAST_BF16_SIZE} pixels"
+        raise AlasaError(f"--precision bf16 needs {least} on a CPU: give fp32")
     if name != "auto":
         return name
     if device.type == "cuda":
@@ -712,6 +716,7 @@ def load_pretrained(arch: str, weights: str) -> tuple[dict, list[str] | None]:
         except pickle.UnpicklingError:
             advice = "save its state dict alone: torch.save(model.state_dict(), file)"
             raise AlasaError(f"it holds more than tensors; {advice}") from None
+        # A checkpoint of train.py, one of another program, or a state dict itself.
         state = content.get("model", content.get("state_dict", content))
         nn.modules.utils.consume_prefix_in_state_dict_if_present(state, "module.")
         return state, content.get("classes")
@@ -726,7 +731,7 @@ def load_state(net: nn.Module, state: dict[str, Tensor], same_classes: bool) -> 
         print0(f"kept the last layer of the weights, {name}")
     else:
         print0(f"the last layer, {name}, is new")
-        state.update(head.state_dict(prefix=f"{name}."))
+        state |= head.state_dict(prefix=f"{name}.")  # so that loading is strict
     net.load_state_dict(state)
 
 
@@ -748,7 +753,7 @@ def set_training_mode(model: nn.Module, keep_batch_norm: bool) -> None:
     """Put a model into training mode, except what keeps its statistics: all of it where the
     head alone is trained, so that nothing is dropped out either, and all batch normalisation
     if `keep_batch_norm`."""
-    first_parameter = next(model.parameters())
+    first_parameter = next(model.parameters())  # the head's is the last
     model.train(first_parameter.requires_grad)
     if keep_batch_norm:
         for layer in model.modules():
@@ -796,7 +801,7 @@ def train_one_epoch(
         if scheduler is not None:
             scheduler.step()
         all_logits.append(logits.detach().cpu())
-        all_labels.append(labels.cpu().clone())  # a worker's holds a file open
+        all_labels.append(labels.cpu().clone())  # a worker's tensor holds a file open
         show_progress(f"{name}, loss {batch_loss:.4f}", step, len(batches), began)
     if dist.is_initialized():
         for buffer in model.buffers():  # batch statistics, of each process its own
@@ -1042,7 +1047,7 @@ def as_script(advice: str = "") -> Iterator[None]:
         sys.exit(130)
     except Exception as error:
         text = str(error)
-        advices = [advice for sign, advice in ADVICE.items() if sign in text]
+        advices = [what_to_do for sign, what_to_do in ADVICE.items() if sign in text]
         if not advices and not isinstance(error, AlasaError | OSError):
             raise  # a bug keeps its traceback
         # A worker's error is a traceback, and in its last line "alasa.AlasaError: ...".

@@ -169,7 +169,7 @@ def plot_report(
             metrics.RocCurveDisplay.from_predictions(
                 labels == k, -not_class[:, k], name=names[k], ax=right
             )
-    right.set_title("ROC")
+    right.set(xlabel="false positive rate", ylabel="true positive rate")
 
     p_of_true = logits.softmax(1).numpy()[np.arange(len(labels)), labels]
     wrong = np.flatnonzero(predicted != labels)
@@ -219,9 +219,10 @@ def main(args: Namespace) -> pd.DataFrame:
     frame = read_inputs(args, trained)
     picture = f"{os.path.splitext(args.output)[0]}.png"
     inputs = [args.checkpoint, args.test_csv, trained.train_csv, trained.valid_csv]
-    paths = {os.path.abspath(path) for path in [*inputs, *frame["path"]] if path}
-    if {os.path.abspath(args.output), os.path.abspath(picture)} & paths:
-        raise AlasaError(f"--output {args.output} would replace an input")
+    taken = {os.path.abspath(path) for path in [*inputs, *frame["path"]] if path}
+    outputs = {os.path.abspath(args.output), os.path.abspath(picture)}
+    if len(outputs) == 1 or outputs & taken:
+        raise AlasaError(f"--output {args.output} would replace an input, or itself")
     if not os.access(os.path.dirname(args.output) or ".", os.W_OK):
         raise AlasaError(f"--output {args.output}: its folder cannot be written to")
 

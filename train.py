@@ -112,7 +112,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
             parser.error("give --train-csv too; without flags it is the demo")
         argv = DEMO_FLAGS.split() + argv
         print("the demo is this command: python train.py", *argv, flush=True)
-    if parser.parse_args(argv).weights == "none":
+    if parser.parse_args(argv).weights == "none":  # other flags' defaults depend on it
         parser.set_defaults(freeze=0, lr=2e-3, head_lr=None)
         parser.set_defaults(batch_norm="train", schedule="cosine")
     args = parser.parse_args(argv)
@@ -203,7 +203,7 @@ def load_data(args: Namespace) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:
     if args.check_images:
         every = alasa.TolerantDataset(pd.concat([train, valid]), "test")
         loader = alasa.make_loader(every, 1, None, args.workers)
-        errors = alasa.gather_batches([errors[0] for _, errors in loader])
+        errors = alasa.gather_batches([error for _, [error] in loader])
         bad = [error for error in errors if error]
         if bad:
             print0("\n".join(bad))
@@ -218,7 +218,9 @@ def make_loaders(
 ) -> tuple[DataLoader, DataLoader, Draws]:
     """Return the loaders of both splits, and what the first draws; say how many images each
     epoch leaves out."""
-    size, workers = args.batch_size, args.workers
+    size, workers, world = args.batch_size, args.workers, alasa.get_world_size()
+    if size < 2 * world:
+        raise AlasaError(f"--batch-size: each of {world} processes needs 2 images")
     augmented = alasa.make_transform(args.image_size, args.augment)
     train_set = AlasaDataset(train, "train", augmented, args.image_size)
     valid_set = AlasaDataset(valid, "valid", image_size=args.image_size)
@@ -227,7 +229,7 @@ def make_loaders(
     train_loader = alasa.make_loader(train_set, size, draws, workers, for_gpu)
     valid_loader = alasa.make_loader(valid_set, size, None, workers, for_gpu)
     used = sum(len(items) for items in train_loader.batch_sampler)
-    left_out = len(train_set) - used * alasa.get_world_size()
+    left_out = len(train_set) - used * world
     if left_out > 0:
         print0(f"left out of each epoch: {left_out}, too few for a batch")
     return train_loader, valid_loader, draws
@@ -350,7 +352,7 @@ def save_epoch(run: dict, parts: dict, last_saved: int | None) -> int | None:
         with atomic_write(best) as file:
             torch.save(run | {"model": states["model"]}, file)
             if is_first:
-                # There is room: a former run's last.pt must not go on beside this best.pt.
+                # A former run's last.pt must not go on beside this best.pt, now whole.
                 last.unlink(missing_ok=True)
     with atomic_write(f"{out}/log.csv") as file:
         pd.DataFrame(history).to_csv(file, index=False, float_format="%.6g")
@@ -397,6 +399,7 @@ def main(args: Namespace, criterion: Callable | None = None) -> list[dict]:
         for name, part in parts.items():
             part.load_state_dict(saved[name])
     parts["model"] = model.net
+    # What is appended to history is saved.
     run = {"args": vars(args), "classes": classes, "history": history}
     run |= {"rows_hash": rows_hash, "mean": model.mean, "std": model.std}
 
