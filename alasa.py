@@ -189,7 +189,8 @@ def read_rows(
     lacking = [column for column in needed if column not in table]
     if lacking:
         lacks = f"no column {lacking[0]!r} in its first line, only {list(table)[:3]}"
-        raise AlasaError(f"{source}: {lacks}; give --image-column and --label-column")
+        advice = "commas separate the names; or give --image-column and --label-column"
+        raise AlasaError(f"{source}: {lacks}; {advice}")
     if table.empty:
         raise AlasaError(f"{source}: has no rows")
     frame = pd.DataFrame({"image": table[image_column].str.strip()})
@@ -242,7 +243,8 @@ def find_classes(labels: Iterable[str]) -> list[str]:
 def check_rows(frame: pd.DataFrame) -> None:
     """Raise AlasaError if a row has no label, or no image, or if two contradict."""
     missing = ~frame["path"].map(os.path.isfile)
-    refuse(frame[missing], "not a file", "--image-root says where relative paths start")
+    advice = "give --image-root, where relative paths start, and file endings"
+    refuse(frame[missing], "not a file", advice)
     refuse(frame[frame["label"] == ""], "no label", "give it one, or leave it out")
     labels_of_image = frame.groupby("path")["label"].transform("nunique")
     several = frame[labels_of_image > 1].sort_values("path", kind="stable")
@@ -700,6 +702,16 @@ def set_frozen(model: nn.Module, frozen: bool) -> None:
     model.get_submodule(find_head(model)).requires_grad_(True)
 
 
+def load_tensors(path: str) -> dict:
+    """Read a file of torch.save; an error if it is damaged, or holds more than tensors and
+    plain values, which could run code."""
+    if zipfile.is_zipfile(path):
+        damaged = zipfile.ZipFile(path).testzip()  # torch.load checks no CRC
+        if damaged:
+            raise ValueError(f"{damaged} is damaged")
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
 def load_pretrained(arch: str, weights: str) -> tuple[dict, list[str] | None]:
     """Return the state dict of torchvision's weights of that name, or of a file: a checkpoint
     of train.py, or a state dict; and the classes that it was trained on, if they are known.
@@ -712,10 +724,13 @@ def load_pretrained(arch: str, weights: str) -> tuple[dict, list[str] | None]:
         return model.state_dict(), known[weights].meta["categories"]
     with explain(f"--weights {weights}: not a file of weights, nor of {list(known)}"):
         try:
-            content = torch.load(weights, map_location="cpu", weights_only=True)
+            content = load_tensors(weights)
         except pickle.UnpicklingError:
             advice = "save its state dict alone: torch.save(model.state_dict(), file)"
             raise AlasaError(f"it holds more than tensors; {advice}") from None
+        trained_arch = content.get("args", {}).get("arch", arch)
+        if trained_arch != arch:
+            raise AlasaError(f"it is of --arch {trained_arch}")
         # A checkpoint of train.py, one of another program, or a state dict itself.
         state = content.get("model", content.get("state_dict", content))
         nn.modules.utils.consume_prefix_in_state_dict_if_present(state, "module.")
@@ -970,10 +985,7 @@ def atomic_write(path: str) -> Iterator[io.BufferedWriter]:
 def load_checkpoint(path: str) -> dict:
     """Read a checkpoint of train.py; AlasaError if it is damaged or not one."""
     with explain(f"{path}: not a checkpoint of train.py"):
-        damaged = zipfile.ZipFile(path).testzip()  # torch.load checks no CRC
-        if damaged:
-            raise ValueError(f"{damaged} is damaged")
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = load_tensors(path)
         if not {"model", "classes", "args", "rows_hash"} <= checkpoint.keys():
             raise ValueError("it is of another program, or of an earlier version")
         return checkpoint
@@ -1028,6 +1040,7 @@ ADVICE = {
     "out of memory": "give a lower --batch-size or --image-size",
     "stack expects each tensor": SEVERAL_SIZES,
     "storage that is not resizable": SEVERAL_SIZES,  # as a worker may say instead
+    "can't allocate memory": "give a lower --batch-size or --image-size",
     "DataLoader worker (pid": "a worker was lost: try --workers 0",
     "file </torch_": "no room for shared memory: try --workers 0",
     "not a readable image": "--check-images lists all such images",

@@ -37,7 +37,10 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     workers = alasa.count_workers()
     add = parser.add_argument_group("images").add_argument
     add("images", nargs="*", help="image files and folders; none: those of --test-csv")
-    add("--test-csv", help="CSV or folder; None: the held-out images, or test.csv")
+    add(
+        "--test-csv",
+        help="or a folder; None: test.csv beside the training CSV, or the validation images",
+    )
     add("--image-column", help="None: as in training")
     add("--label-column", help="None: as in training; labels are scored, not needed")
     add("--image-root", help="where relative images start; None: as in training")
@@ -214,8 +217,8 @@ def main(args: Namespace) -> pd.DataFrame:
     trained, classes = Namespace(**checkpoint["args"]), checkpoint["classes"]
     if not args.images and not args.test_csv:
         beside = os.path.join(os.path.dirname(trained.train_csv), "test.csv")
-        held_out = os.path.join(os.path.dirname(args.checkpoint), "valid.csv")
-        args.test_csv = beside if trained.valid_csv else held_out
+        validation = os.path.join(os.path.dirname(args.checkpoint), "validation.csv")
+        args.test_csv = beside if os.path.exists(beside) else validation
     frame = read_inputs(args, trained)
     picture = f"{os.path.splitext(args.output)[0]}.png"
     inputs = [args.checkpoint, args.test_csv, trained.train_csv, trained.valid_csv]

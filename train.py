@@ -132,16 +132,20 @@ def parse_resumed(parser: ArgumentParser, argv: list[str], out: str) -> Namespac
     for name in ("last.pt", "best.pt"):
         if not os.path.exists(f"{out}/{name}"):
             raise AlasaError(f"--resume: there is no {out}/{name}; {another_run(out)}")
-    before = alasa.load_checkpoint(f"{out}/last.pt")["args"]
-    before |= {"out": out, "resume": True}
+    saved = alasa.load_checkpoint(f"{out}/last.pt")
+    if "optimizer" not in saved:
+        raise AlasaError(f"--resume: last.pt is a best.pt; {another_run(out)}")
+    before = saved["args"] | {"out": out, "resume": True}
     parser.set_defaults(**before)
     args = parser.parse_args(argv)
     may_change = MAY_CHANGE.split()
-    if args.schedule == "plateau":  # a cosine depends on the number of epochs
+    if args.schedule == "plateau":
         may_change.append("epochs")
     for name, value in vars(args).items():
         if value != before[name] and name not in may_change:
             was = f"--resume: {name} was {before[name]!r}, now {value!r}"
+            if name == "epochs":
+                was += ", which a cosine depends on"
             raise AlasaError(f"{was}; {another_run(out)}")
     return args
 
@@ -174,8 +178,12 @@ def load_saved(args: Namespace) -> dict | None:
             longer = "--resume --epochs N trains longer, but not after a cosine"
             print0(f"all {args.epochs} epochs are done; {longer}")
         return saved
-    may_replace = args.overwrite or not os.path.exists(last)
-    if not may_replace and not alasa.load_checkpoint(last)["args"]["demo"]:
+    kept = [path for path in (last, f"{args.out}/best.pt") if os.path.exists(path)]
+    if (
+        kept
+        and not args.overwrite
+        and not alasa.load_checkpoint(kept[0])["args"]["demo"]
+    ):
         what = f"{args.out} holds a run"
         raise AlasaError(f"{what}: --resume, --overwrite, or choose another --out")
     return None
@@ -191,8 +199,9 @@ def load_data(args: Namespace) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:
     train = alasa.read_rows(args.train_csv, *columns, needs_labels=True)
     if args.valid_csv is None:
         train, valid = alasa.hold_out(train, 0.2, args.seed)
-        both = len(train) + len(valid)
-        print0(f"a fifth of each class validates: {len(valid)} of {both} images")
+        print0(
+            f"no --valid-csv: {len(valid)} images are held out, a fifth by file name"
+        )
     else:
         valid = alasa.read_rows(args.valid_csv, *columns, needs_labels=True)
     classes = alasa.check_splits(train, valid, args.monitor)
@@ -322,11 +331,11 @@ def plot_history(history: list[dict[str, float]]) -> Figure:
     return figure
 
 
-def save_held_out(valid: pd.DataFrame, classes: list[str], args: Namespace) -> None:
+def save_validation(valid: pd.DataFrame, classes: list[str], args: Namespace) -> None:
     """Write the rows that validate, for `predict.py --test-csv`."""
     rows = pd.DataFrame({args.image_column: valid["path"].map(os.path.abspath)})
     rows[args.label_column] = [classes[index] for index in valid["label"]]
-    with atomic_write(f"{args.out}/valid.csv") as file:
+    with atomic_write(f"{args.out}/validation.csv") as file:
         rows.to_csv(file, index=False)
 
 
@@ -441,8 +450,7 @@ def main(args: Namespace, criterion: Callable | None = None) -> list[dict]:
             scheduler.step(alasa.best_epoch(history, args.monitor))
         if alasa.get_rank() == 0:
             last_saved = save_epoch(run, parts, last_saved)
-            if args.valid_csv is None:
-                save_held_out(valid, classes, args)
+            save_validation(valid, classes, args)
         print0(alasa.describe(row))
     best = alasa.best_epoch(history, args.monitor)
     found = f"epoch {best}" if best > 0 else f"no finite {args.monitor}"
