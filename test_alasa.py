@@ -868,8 +868,6 @@ def test_the_demo_and_the_python_blocks_of_readme_run(capfd):
     model = alasa.restore_model(alasa.load_checkpoint("runs/best.pt"))
     net = run_block("In Python", 1)["net"]
     assert torch.allclose(net(alasa.normalise(pixels)), model(pixels), atol=1e-5)
-    pd.read_csv("digits/train.csv")[:400].to_csv("digits/train.csv", index=False)
-    assert run_block("In Python", 2, "__main__")["history"][-1]["auc"] > 0.5
     fit("--epochs 1")  # any run may replace the demo's
 
 
@@ -883,7 +881,7 @@ def test_the_commands_of_readme_run(monkeypatch):
     rows = re.findall(r"(?m)^\| .* \| `(--.*)` \|$", readme("Your own images"))
     for flags in rows:
         run_flags("train", f"{CSVS} {flags}")
-    assert len(rows) == 9
+    assert len(rows) == 8
 
     table = pd.read_csv("train.csv")
     table.columns = ["id", "target"]

@@ -28,7 +28,7 @@ import alasa
 from alasa import AlasaDataset, AlasaError, Draws, atomic_write, in_range, print0
 
 # Digits of 8x8 pixels: nothing to crop or mirror, and no pretrained weights to build on.
-DEMO_FLAGS = """--train-csv digits/train.csv --valid-csv digits/valid.csv --epochs 4
+DEMO_FLAGS = """--train-csv digits/train.csv --valid-csv digits/valid.csv --epochs 6
     --image-size 16 --augment none --arch shufflenet_v2_x0_5 --weights none
     --full-res-stem --batch-size 64 --lr 0.02 --weight-decay 0.1 --label-smoothing 0.1"""
 
