@@ -188,9 +188,10 @@ def read_rows(
     needed = [image_column, label_column] if needs_labels else [image_column]
     lacking = [column for column in needed if column not in table]
     if lacking:
-        lacks = f"no column {lacking[0]!r} in its first line, only {list(table)[:3]}"
-        advice = "commas separate the names; or give --image-column and --label-column"
-        raise AlasaError(f"{source}: {lacks}; {advice}")
+        lacks = (
+            f"no {lacking[0]!r} among the columns of its first line, {list(table)[:3]}"
+        )
+        raise AlasaError(f"{source}: {lacks}; give --image-column and --label-column")
     if table.empty:
         raise AlasaError(f"{source}: has no rows")
     frame = pd.DataFrame({"image": table[image_column].str.strip()})
@@ -243,8 +244,7 @@ def find_classes(labels: Iterable[str]) -> list[str]:
 def check_rows(frame: pd.DataFrame) -> None:
     """Raise AlasaError if a row has no label, or no image, or if two contradict."""
     missing = ~frame["path"].map(os.path.isfile)
-    advice = "give --image-root, where relative paths start, and file endings"
-    refuse(frame[missing], "not a file", advice)
+    refuse(frame[missing], "not a file", "give --image-root, and file endings")
     refuse(frame[frame["label"] == ""], "no label", "give it one, or leave it out")
     labels_of_image = frame.groupby("path")["label"].transform("nunique")
     several = frame[labels_of_image > 1].sort_values("path", kind="stable")
@@ -316,8 +316,7 @@ def read_image(path: str, image_size: int = 0) -> Image.Image:
         try:
             image = Image.open(data)
         except UnidentifiedImageError:
-            starts = f"it starts with {data.getvalue()[:20]}"
-            raise ValueError(f"unknown to Pillow, {starts}") from None
+            raise ValueError(f"it starts with {data.getvalue()[:20]}") from None
         if image_size > 0:
             image.draft(None, (2 * image_size, 2 * image_size))
         if image.format == "PNG":
@@ -565,8 +564,7 @@ def choose_precision(name: str, device: torch.device, image_size: int) -> str:
     """Return the precision; "auto" is what the hardware is made for."""
     is_tiny = device.type == "cpu" and 0 < image_size < LEAST_BF16_SIZE
     if name == "bf16" and is_tiny:
-        least = f"images of {LEAST_BF16_SIZE} pixels"
-        raise AlasaError(f"--precision bf16 needs {least} on a CPU: give fp32")
+        raise AlasaError(f"--precision bf16 on a CPU needs {LEAST_BF16_SIZE} pixels")
     if name != "auto":
         return name
     if device.type == "cuda":
@@ -726,8 +724,8 @@ def load_pretrained(arch: str, weights: str) -> tuple[dict, list[str] | None]:
         try:
             content = load_tensors(weights)
         except pickle.UnpicklingError:
-            advice = "save its state dict alone: torch.save(model.state_dict(), file)"
-            raise AlasaError(f"it holds more than tensors; {advice}") from None
+            what = "it holds more than tensors: save model.state_dict() alone"
+            raise AlasaError(what) from None
         trained_arch = content.get("args", {}).get("arch", arch)
         if trained_arch != arch:
             raise AlasaError(f"it is of --arch {trained_arch}")

@@ -139,13 +139,11 @@ def parse_resumed(parser: ArgumentParser, argv: list[str], out: str) -> Namespac
     parser.set_defaults(**before)
     args = parser.parse_args(argv)
     may_change = MAY_CHANGE.split()
-    if args.schedule == "plateau":
+    if args.schedule == "plateau":  # on which a cosine depends
         may_change.append("epochs")
     for name, value in vars(args).items():
         if value != before[name] and name not in may_change:
             was = f"--resume: {name} was {before[name]!r}, now {value!r}"
-            if name == "epochs":
-                was += ", which a cosine depends on"
             raise AlasaError(f"{was}; {another_run(out)}")
     return args
 
@@ -408,7 +406,6 @@ def main(args: Namespace, criterion: Callable | None = None) -> list[dict]:
         for name, part in parts.items():
             part.load_state_dict(saved[name])
     parts["model"] = model.net
-    # What is appended to history is saved.
     run = {"args": vars(args), "classes": classes, "history": history}
     run |= {"rows_hash": rows_hash, "mean": model.mean, "std": model.std}
 
