@@ -595,6 +595,7 @@ class Classifier(nn.Module):
         self.precision = "fp32"  # one of DTYPES
 
     def forward(self, images: Tensor) -> Tensor:
+        """Return the logits; on a CPU, those of tiny images are computed in float32."""
         device = images.device.type
         dtype = DTYPES[self.precision]
         # Images of native size may be tiny, whatever `choose_precision` was told.
@@ -610,6 +611,7 @@ class Float32Conv2d(nn.Conv2d):
     training."""
 
     def forward(self, images: Tensor) -> Tensor:
+        """Return features [B, C, H, W], in autocast's type if it is on."""
         is_trained = torch.is_grad_enabled() and self.weight.requires_grad
         if self.groups > 1 and not is_trained:
             return super().forward(images)

@@ -184,9 +184,8 @@ def plot_report(
         images.append(image)
         true, taken_for = classes[labels[row]], classes[predicted[row]]
         titles.append(f"{os.path.basename(paths[row])}\n{true}\ntaken for {taken_for}")
-    if titles:
-        bottom.suptitle("the most wrong images")
-        alasa.draw_images(bottom, MOST_WRONG // 2, images, titles)
+    bottom.suptitle(f"the {len(titles)} most wrong images")
+    alasa.draw_images(bottom, MOST_WRONG // 2, images, titles)
     return figure
 
 
@@ -236,8 +235,8 @@ def main(args: Namespace) -> pd.DataFrame:
     print(f"{len(table)} rows in {args.output}")
     failed = errors[errors != ""]
     if len(failed) > 0:
-        count = f"{len(failed)} of {len(table)} failed"
-        print(f"{count}, first {failed[0]}", file=sys.stderr)
+        told = f"{len(failed)} of {len(table)} failed, first {failed[0]}"
+        print(told, file=sys.stderr)
     if len(table) <= 20:
         p_of_label = table.filter(regex="^p_").max(axis=1)
         print(table[["image", "label"]].assign(p=p_of_label).to_string(index=False))

@@ -177,11 +177,8 @@ def load_saved(args: Namespace) -> dict | None:
             print0(f"all {args.epochs} epochs are done; {longer}")
         return saved
     kept = [path for path in (last, f"{args.out}/best.pt") if os.path.exists(path)]
-    if (
-        kept
-        and not args.overwrite
-        and not alasa.load_checkpoint(kept[0])["args"]["demo"]
-    ):
+    may_begin = args.overwrite or not kept
+    if not may_begin and not alasa.load_checkpoint(kept[0])["args"]["demo"]:
         what = f"{args.out} holds a run"
         raise AlasaError(f"{what}: --resume, --overwrite, or choose another --out")
     return None
